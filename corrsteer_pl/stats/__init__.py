@@ -1,0 +1,6 @@
+"""Streaming statistics: sums in constant memory, and the scores computed from them."""
+
+from corrsteer_pl.stats.moments import Moments
+from corrsteer_pl.stats.scores import COEFFICIENTS, SCORES, null_max_correlation, pearson
+
+__all__ = ["COEFFICIENTS", "SCORES", "Moments", "null_max_correlation", "pearson"]

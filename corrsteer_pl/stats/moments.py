@@ -1,0 +1,95 @@
+"""Running sums of pooled activations and rewards."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+SCALARS = ("n", "y", "yy", "n_right")
+VECTORS = ("x", "xx", "xy", "xxy", "x_right", "active_right", "active_wrong")
+
+
+class Moments(nn.Module):
+    """Sums from which every moment-based selection score is computed.
+
+    One instance serves one layer. Memory is O(n_features) however many samples are seen, and
+    instances fed disjoint samples merge by addition. A sample is *right* where its reward is
+    positive, and a feature is *active* on it where its pooled activation is positive.
+
+    Args:
+        n_features: Width of the encoder output, ``d_sae``.
+
+    Attributes:
+        n, y, yy, n_right: Scalars: the sum of weights, of rewards, of squared rewards, and the weight of
+            the right samples.
+        x, xx, xy, xxy, x_right, active_right, active_wrong: ``(n_features,)``: sums of the products that
+            the names spell, x over the right samples, and how many right and wrong samples are active.
+
+    Shape:
+        - x: ``(batch, n_features)``, pooled activations, any float dtype.
+        - y: ``(batch,)``, rewards in [0, 1].
+        - weight: ``(batch,)``, 1 for a sample, 0 for padding; all ones when left out.
+
+    Example:
+        >>> moments = Moments(n_features=2)
+        >>> moments.update(torch.tensor([[1., 5.], [2., 5.], [3., 5.]]), torch.tensor([0., 0., 1.]))
+        >>> moments.n.item(), moments.xy.tolist()
+        (3.0, [3.0, 5.0])
+    """
+
+    n: Tensor
+    y: Tensor
+    yy: Tensor
+    n_right: Tensor
+    x: Tensor
+    xx: Tensor
+    xy: Tensor
+    xxy: Tensor
+    x_right: Tensor
+    active_right: Tensor
+    active_wrong: Tensor
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.n_features = n_features
+        for name in SCALARS:
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+        for name in VECTORS:
+            self.register_buffer(name, torch.zeros(n_features, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Add one batch of samples to the sums."""
+        device = self.n.device
+        x = x.to(device, torch.float64)  # (B, F)
+        y = y.to(device, torch.float64)  # (B,)
+        w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
+        right = w * (y > 0)
+        self.n += w.sum()
+        self.y += w @ y
+        self.yy += w @ (y * y)
+        self.n_right += right.sum()
+        squared, active = x * x, (x > 0).double()
+        self.x += w @ x
+        self.xx += w @ squared
+        self.xy += (w * y) @ x
+        self.xxy += (w * y) @ squared
+        self.x_right += right @ x
+        self.active_right += right @ active
+        self.active_wrong += (w - right) @ active
+
+    @torch.no_grad()
+    def absorb(self, other: "Moments") -> None:
+        """Add the sums of ``other``, which saw other samples, and set ``other`` to zero."""
+        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+            mine += theirs.to(mine.device)
+            theirs.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `precision: bf16-true` and `.half()` cast every buffer; follow the device, keep float64.
+        # Apple's MPS has no float64, so there the sums stay where they are.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and (device := fn(buffer.float()).device).type != "mps":
+                self._buffers[name] = buffer.to(device)
+        return self
