@@ -1,0 +1,59 @@
+"""Reading hooks: the residual at each SAE's site, encoded and pooled while the model decodes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from corrsteer_pl.models.pooling import Pool
+from corrsteer_pl.models.sae import SparseAutoencoder
+
+# Prompt positions are encoded this many at a time, so that (batch, prompt, d_sae) never exists.
+PROMPT_CHUNK = 16
+
+
+class PoolReader:
+    """Pools SAE activations over the tokens of one batch; keeps no residual longer than a forward pass.
+
+    Args:
+        saes: The autoencoders, by layer.
+        kinds: Which pools to fill, from ``max``, ``mean``, ``all``; each activation is encoded once.
+
+    Attributes:
+        pools: ``pools[layer][kind]``, a :class:`Pool` whose value is ``(batch, d_sae)``.
+    """
+
+    def __init__(self, saes: Mapping[int, SparseAutoencoder], kinds: Sequence[str]) -> None:
+        self.saes = saes
+        self.pools = {layer: {kind: Pool(kind) for kind in kinds} for layer in saes}
+        self._residuals: dict[int, Tensor] = {}
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator["PoolReader"]:
+        """Hook the sites of ``model`` for the length of the context."""
+        with ExitStack() as stack:
+            for layer, sae in self.saes.items():
+                stack.callback(sae.site.hook(model, partial(self._residuals.__setitem__, layer)).remove)
+            yield self
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether any pool takes prompt tokens in."""
+        return any(kind == "all" for pools in self.pools.values() for kind in pools)
+
+    def read_prompt(self, counted: Tensor) -> None:
+        """Take in the prompt tokens of the last forward pass where ``counted``, ``(batch, sequence)`` bool."""
+        for layer, residual in self._residuals.items():
+            for start in range(0, counted.shape[1], PROMPT_CHUNK):
+                chunk = slice(start, start + PROMPT_CHUNK)
+                activations = self.saes[layer].encode(residual[:, chunk])  # (B, chunk, d_sae)
+                for position, column in enumerate(counted[:, chunk].unbind(1)):
+                    self.pools[layer]["all"].update(activations[:, position], column)
+
+    def read_step(self, counted: Tensor) -> None:
+        """Take in the last position of the last forward pass where ``counted``, ``(batch,)`` bool."""
+        for layer, residual in self._residuals.items():
+            activations = self.saes[layer].encode(residual[:, -1])  # (B, d_sae)
+            for pool in self.pools[layer].values():
+                pool.update(activations, counted)
