@@ -1,0 +1,1 @@
+"""What is done to a model, as context managers that leave no trace."""

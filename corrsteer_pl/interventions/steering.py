@@ -1,0 +1,171 @@
+"""Adding constant vectors to the residual stream, token position by token position."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.models.sites import Site
+
+POSITIONS = ("generated", "all", "prompt_last", "first_k")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which positions are steered, and how strongly.
+
+    Decoding step 0 reads the last prompt position and gives the first generated token; step t reads the
+    t-th generated token.
+
+    Args:
+        positions: ``generated``: the last prompt position and every generated one. ``all``: those and the
+            prompt before them. ``prompt_last``: step 0 alone. ``first_k``: the steps that give the first
+            ``first_k`` tokens.
+        first_k: Number of steps for ``first_k``.
+        decay: Factor from one decoding step to the next, 1 for none.
+
+    Raises:
+        UserError: An unknown name, or a number out of range.
+    """
+
+    positions: str = "generated"
+    first_k: int = 1
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            raise UserError(f"model.positions is {self.positions!r}; choose one of {choices(POSITIONS)}.")
+        if self.first_k < 1:
+            raise UserError(f"model.first_k is {self.first_k}; it is a number of tokens, at least 1.")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"model.decay is {self.decay}; it is a factor above 0 and at most 1.")
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether keys and values of the prompt depend on the steering, so that no cache can be shared."""
+        return self.positions == "all"
+
+    def weight(self, step: int) -> float:
+        """Strength at a decoding step, between 0 and 1."""
+        steps = {"prompt_last": 1, "first_k": self.first_k}.get(self.positions)
+        return self.decay**step if steps is None or step < steps else 0.0
+
+
+class SteeringVectors:
+    """One vector per site, added to the residual there.
+
+    Works on any forward pass of the model, in Hugging Face ``generate`` as well: a chunk of several tokens
+    is taken for a prompt, whose last position is step 0, and each single-token chunk for the next step.
+
+    Args:
+        vectors: Per site ``(d_model,)``, or ``(variants, d_model)`` for a batch in which each sample stands
+            once per variant, variants side by side.
+        schedule: Positions and decay.
+        variants: Number of variants.
+
+    Example:
+        >>> from corrsteer_pl.models.llm import LanguageModel
+        >>> llm = LanguageModel.load("demo")
+        >>> vectors = SteeringVectors({Site(1, "resid_post"): torch.zeros(llm.config.hidden_size)})
+        >>> with vectors.attached(llm.model):
+        ...     tokens = llm.model.generate(torch.tensor([llm.token_ids("Answer:")]), max_new_tokens=1)
+    """
+
+    def __init__(self, vectors: Mapping[Site, Tensor], schedule: Schedule | None = None, variants: int = 1) -> None:
+        self.vectors = dict(vectors)
+        self.schedule = schedule or Schedule()
+        self._variants = variants
+
+    @classmethod
+    def load(cls, path: str | Path, schedule: Schedule | None = None) -> "SteeringVectors":
+        """Read a ``steering.safetensors`` that a fit wrote.
+
+        Raises:
+            UserError: The file is missing or is not one.
+        """
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is no steering file ({error}). Give a steering.safetensors of a fit.") from error
+        return cls({Site.parse(name): vector for name, vector in tensors.items()}, schedule)
+
+    @classmethod
+    def stack(cls, variants: Sequence[Mapping[Site, Tensor]], schedule: Schedule) -> Self:
+        """Several sets of vectors ``(d_model,)`` as variants, zero where a set leaves a site out."""
+        like = {site: vector for variant in variants for site, vector in variant.items()}
+        stacked = {
+            site: torch.stack([variant.get(site, torch.zeros_like(vector)) for variant in variants])
+            for site, vector in sorted(like.items())
+        }
+        return cls(stacked, schedule, len(variants))
+
+    def __len__(self) -> int:
+        """Number of variants."""
+        return self._variants
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether the prompt's keys and values depend on the vectors."""
+        return self.schedule.changes_prompt
+
+    def groups(self, size: int) -> Iterator[Self]:
+        """The variants in groups of ``size``, the last filled up with zero vectors."""
+        for start in range(0, len(self), size):
+            chunks = {site: vectors[start : start + size] for site, vectors in self.vectors.items()}
+            filled = {site: nn.functional.pad(chunk, (0, 0, 0, size - len(chunk))) for site, chunk in chunks.items()}
+            yield type(self)(filled, self.schedule, size)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Steer ``model`` within the context."""
+        clock = _Clock()
+        with ExitStack() as stack:
+            stack.callback(model.register_forward_pre_hook(clock.tick, with_kwargs=True).remove)
+            for site, vector in self.vectors.items():
+                stack.callback(site.hook(model, partial(self._add, clock, _placed(vector))).remove)
+            yield
+
+    def _add(self, clock: "_Clock", placed: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | None:
+        weight = self.schedule.weight(clock.step)
+        if weight == 0:
+            return None
+        vector = placed(hidden) * weight
+        if hidden.shape[1] == 1 or self.schedule.changes_prompt:
+            return hidden + vector
+        return torch.cat([hidden[:, :-1], hidden[:, -1:] + vector], dim=1)
+
+
+class _Clock:
+    """Counts decoding steps: a chunk of several tokens, or an empty cache, starts at 0."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def tick(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        cache = kwargs.get("past_key_values")
+        starts = tokens.shape[1] > 1 or (cache is not None and cache.get_seq_length() == 0)
+        self.step = 0 if starts else self.step + 1
+
+
+def _placed(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from a residual to the vector in its shape, dtype and device, moved there once."""
+    moved: dict[tuple, Tensor] = {}
+
+    def place(hidden: Tensor) -> Tensor:
+        key = (hidden.shape[0], hidden.dtype, hidden.device)
+        if key not in moved:
+            variants = vector.to(hidden.device, hidden.dtype).reshape(-1, vector.shape[-1])  # (K, d_model)
+            moved[key] = variants.repeat(hidden.shape[0] // len(variants), 1).unsqueeze(1)  # (B * K, 1, d_model)
+        return moved[key]
+
+    return place
