@@ -1,0 +1,1 @@
+"""Paired comparison of the unsteered and the changed model, and its reports."""

@@ -1,0 +1,60 @@
+"""Tables of results for the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from corrsteer_pl.selection import Selection
+
+
+def percent(value: float | None) -> str:
+    """A reward or a difference, as percent."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def selection_table(selection: Selection) -> Table:
+    """The tested candidates of a fit, the selected ones marked."""
+    table = Table(
+        title=f"Candidates after {selection.samples} samples, rule {selection.rule}",
+        caption=("" if selection.features else "Nothing improved on the baseline: the selection is empty.\n")
+        + (
+            f"validation reward of the unsteered model: {percent(selection.baseline_reward)} %; "
+            f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
+        ),
+    )
+    for heading in ("site", "feature", "r", "coefficient", "validation %", "selected"):
+        table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
+    for f in selection.candidates:
+        table.add_row(
+            f.site, str(f.index), f"{f.correlation:+.3f}", f"{f.coefficient:+.3f}", percent(f.validation_reward),
+            "yes" if f in selection.features else "",
+        )  # fmt: skip
+    return table
+
+
+def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
+    """Unsteered against steered, with a line for each group."""
+    table = Table(
+        title=title,
+        caption=(
+            "reward in percent; interval: 95 %, paired; p: exact sign test (McNemar's for rewards of 0 and 1); "
+            "SER: share of changed samples that got worse"
+        ),
+    )
+    for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, m in {"all": metrics, **metrics["groups"]}.items():
+        table.add_row(
+            name, str(m["n"]), percent(m["reward_baseline"]), percent(m["reward_steered"]), percent(m["difference"]),
+            f"{percent(m['ci_low'])} .. {percent(m['ci_high'])}", f"{m['p_value']:.2g}", str(m["better"]),
+            str(m["worse"]), "-" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def show(*items: Table | str) -> None:
+    """Print to standard output, at least wide enough for a table when it is no terminal."""
+    console = Console()
+    for item in items:
+        Console(width=None if console.is_terminal else 120).print(item)

@@ -1,0 +1,1 @@
+"""What a Trainer runs: one LightningModule per method, and the evaluation that they share."""

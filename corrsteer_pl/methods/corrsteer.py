@@ -1,0 +1,357 @@
+"""CorrSteer: correlate SAE features with the model's own success, and steer with those that help."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from corrsteer_pl.data import Batch
+from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.methods.evaluation import PairedEvaluation
+from corrsteer_pl.models.hooks import PoolReader
+from corrsteer_pl.models.sae import SparseAutoencoder, load_saes, saes_identity
+from corrsteer_pl.models.sites import Site
+from corrsteer_pl.selection import Feature, Selection, describe, rank, select, tested
+from corrsteer_pl.stats import COEFFICIENTS, Moments, null_max_correlation, pearson
+from corrsteer_pl.strategy import all_reduce_sum
+
+# What a fit settles; the rest (rule, sign, layers, scale, positions) may change when testing.
+FIXED_BY_FIT = ("pool", "coefficient_pool", "coefficient", "site", "saes")
+
+
+class CorrSteer(PairedEvaluation):
+    """Selects SAE features by their correlation with the reward, and steers with them.
+
+    An epoch of "training" accumulates running sums and changes no weight: memory is O(1) in the number of
+    samples. Validation tests each layer's candidates against the unsteered model, ``test_step`` compares
+    the steered with the unsteered model. The sums of several processes are merged exactly, so that neither
+    their number nor an interruption changes the result.
+
+    Args:
+        llm: Path or Hub id of a causal language model, or ``demo``.
+        saes: Folder of SAELens autoencoders, one per layer, or ``demo``.
+        layers: Blocks to read and steer, from 0; None for all that have an SAE.
+        rule: ``foreach``: per layer the better candidate, if it beats the unsteered model. ``global``: the
+            best of all. ``all``: the top positive feature of every layer, untested. ``layer``: the better
+            candidate of the one layer named in ``layers``.
+        sign: Which candidates there are: ``both``, ``positive`` or ``negative`` correlations.
+        topk: How many features per layer and sign are listed for analysis.
+        pool: How a feature's activations over a sample become one number: ``max`` or ``mean`` over generated
+            tokens, ``all`` for the maximum over prompt and generated tokens.
+        coefficient_pool: The same for the coefficient; None for the same as ``pool``.
+        coefficient: ``mean`` over right samples, ``active_mean`` over those on which the feature is active, or
+            the ``difference`` between right and wrong samples.
+        scale: Factor on all coefficients.
+        positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
+            or ``first_k`` generated tokens.
+        first_k: Number of tokens for ``positions: first_k``.
+        decay: Factor on the strength from one generated token to the next.
+        site: ``declared`` by the SAE, or ``resid_pre`` or ``resid_post`` whatever it declares; ``resid_pre``
+            reproduces the public reference, which reads block inputs.
+        dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``. SAEs and sums keep theirs.
+        variants_at_once: How many candidates of every prompt share a forward pass.
+
+    Attributes:
+        selection: What the fit chose, after validation; None before.
+
+    Source:
+        CorrSteer, arXiv 2508.12535.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from corrsteer_pl import CorrSteer, TaskDataModule
+        >>> module = CorrSteer(llm="demo", saes="demo", layers=[1])
+        >>> data = TaskDataModule("demo_qa", train_size=64, val_size=16)
+        >>> trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> trainer.fit(module, datamodule=data)
+        >>> len(module.selection.candidates) <= 2
+        True
+    """
+
+    def __init__(
+        self,
+        llm: str,
+        saes: str,
+        layers: list[int] | None = None,
+        rule: Literal["foreach", "global", "all", "layer"] = "foreach",
+        sign: Literal["both", "positive", "negative"] = "both",
+        topk: int = 10,
+        pool: Literal["max", "mean", "all"] = "max",
+        coefficient_pool: Literal["max", "mean", "all"] | None = None,
+        coefficient: Literal["mean", "active_mean", "difference"] = "mean",
+        scale: float = 1.0,
+        positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
+        first_k: int = 1,
+        decay: float = 1.0,
+        site: Literal["declared", "resid_pre", "resid_post"] = "declared",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        variants_at_once: int = 8,
+    ) -> None:
+        super().__init__(llm, dtype, variants_at_once)
+        self.save_hyperparameters()
+        if rule == "layer" and (layers is None or len(layers) != 1):
+            raise UserError(f"model.rule is layer, but model.layers is {layers}. Name one layer, such as [4].")
+        if topk < 1:
+            raise UserError(f"model.topk is {topk}; it is a number of features, at least 1.")
+        self.schedule = Schedule(positions, first_k, decay)
+        self.selection: Selection | None = None
+        self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
+        self.snapshots: list[dict[str, Any]] = []
+        self.saes: dict[int, SparseAutoencoder] = {}
+        self._saes_identity: dict[str, Any] = {}
+        # Sums of all processes up to the last merge, and of this process since.
+        self.merged = nn.ModuleDict()
+        self.fresh: dict[str, Moments] = {}
+
+    # ---------------------------------------------------------------- fit: accumulate
+
+    def setup(self, stage: str) -> None:
+        """Load the model, and for a fit or a validation the autoencoders with their sums."""
+        super().setup(stage)
+        if stage in ("fit", "validate") and not self.saes:
+            h = self.hparams
+            self.saes = load_saes(h.saes, self.llm, h.layers, h.site)
+            self._saes_identity = saes_identity(h.saes, self.saes)
+            sums = {self._key(layer, kind): sae.d_sae for layer, sae in self.saes.items() for kind in self._pools}
+            self.merged = nn.ModuleDict({key: Moments(d_sae) for key, d_sae in sums.items()})
+            self.fresh = {key: Moments(d_sae).to(self.llm.device) for key, d_sae in sums.items()}
+
+    @property
+    def _pools(self) -> list[str]:
+        return sorted({self.hparams.pool, self.hparams.coefficient_pool or self.hparams.pool})
+
+    @staticmethod
+    def _key(layer: int, kind: str) -> str:
+        return f"layer{layer}_{kind}"
+
+    def configure_optimizers(self) -> None:
+        """Nothing is optimised."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Generate unsteered, score, and update the running sums."""
+        reader = PoolReader(self.saes, self._pools)
+        texts = self.decoder.generate(batch, reader)
+        rewards = self.rewards(texts, batch)
+        for layer, pools in reader.pools.items():
+            for kind, pool in pools.items():
+                self.fresh[self._key(layer, kind)].update(pool.value, rewards, batch.weight)
+        self.position = batch.end
+        # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
+        return torch.zeros((), requires_grad=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Stop: a second epoch would count the same samples again."""
+        self.trainer.should_stop = True
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the sums of all processes since the last merge to the common ones. Every process must call it."""
+        for key, fresh in self.fresh.items():
+            for buffer in fresh.buffers():
+                all_reduce_sum(buffer)
+            self.merged[key].absorb(fresh)
+
+    def moments(self, layer: int, kind: str | None = None) -> Moments:
+        """The merged sums of a layer for one pool, by default the one that correlates."""
+        return self.merged[self._key(layer, kind or self.hparams.pool)]
+
+    # ---------------------------------------------------------------- validate: test the candidates
+
+    def on_validation_epoch_start(self) -> None:
+        """Merge the sums and choose each layer's candidates."""
+        if self.trainer.sanity_checking:
+            return
+        self.merge()
+        self._ranking, self._candidates = self._rank_features()
+        self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
+        self._tested = () if self.hparams.rule == "all" else self._candidates
+        alone = [self._vectors([feature]) for feature in self._tested]
+        self._variants = SteeringVectors.stack([{}, *alone], self.schedule)
+        self._reward_sums = torch.zeros(len(self._variants) + 1, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up the rewards of the unsteered model and of each candidate alone."""
+        if self.trainer.sanity_checking:
+            return
+        rewards = [self.rewards(texts, batch) for texts in self.decoder.compare(batch, self._variants)]
+        weight = batch.weight.double()
+        self._reward_sums += torch.stack([r @ weight for r in rewards] + [weight.sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Select by the rule, and keep a snapshot of how far the fit has come."""
+        if self.trainer.sanity_checking:
+            return
+        *totals, count = all_reduce_sum(self._reward_sums).tolist()
+        baseline, *alone = [total / count for total in totals]
+        candidates = tested(self._candidates, alone) if self._tested else self._candidates
+        self.selection = self._describe_selection(candidates, baseline)
+        best = max(alone, default=baseline)
+        self.snapshots.append(
+            {
+                "samples": self.selection.samples,
+                "baseline_reward": baseline,
+                "best_candidate_reward": best,
+                "features": [[f.layer, f.index] for f in self.selection.features],
+            }
+        )
+        # Equal on all processes already, so their mean is right.
+        logged = {"samples": float(self.selection.samples), "baseline_reward": baseline, "best_candidate_reward": best}
+        self.log_dict({f"val/{name}": value for name, value in logged.items()}, sync_dist=True)
+
+    def leaders(self) -> list[Feature]:
+        """Each layer's top candidates by this process's sums so far, the largest |r| first, for display."""
+        found = []
+        for layer, sae in self.saes.items():
+            key = self._key(layer, self.hparams.pool)
+            moments = deepcopy(self.merged[key])
+            moments.absorb(deepcopy(self.fresh[key]))
+            scores = pearson(moments)
+            found += [describe(moments, scores, scores, layer, str(sae.site), i) for i in sum(rank(scores, 1), [])]
+        return sorted(found, key=lambda feature: -abs(feature.correlation))
+
+    def _rank_features(self) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
+        ranking: list[Feature] = []
+        candidates: list[Feature] = []
+        for layer, sae in self.saes.items():
+            moments = self.moments(layer)
+            self._refuse_equal_rewards(moments)
+            scores = pearson(moments)
+            sums = self.moments(layer, self.hparams.coefficient_pool)
+            coefficients = COEFFICIENTS[self.hparams.coefficient](sums)
+            for sign, indices in zip(("positive", "negative"), rank(scores, self.hparams.topk), strict=True):
+                if self.hparams.sign in ("both", sign):
+                    top = [describe(moments, scores, coefficients, layer, str(sae.site), i) for i in indices]
+                    ranking += top
+                    candidates += top[:1]
+        return tuple(ranking), tuple(candidates)
+
+    def _refuse_equal_rewards(self, moments: Moments) -> None:
+        complete = self.position >= len(self.datamodule.examples.get("train", ()))
+        if complete and moments.n * moments.yy - moments.y**2 <= 0:
+            raise UserError(
+                f"all {int(moments.n)} rewards are {(moments.y / moments.n.clamp(min=1)).item():g}, so there is nothing "
+                "to correlate with. Choose a task that the model solves sometimes, or more samples."
+            )
+
+    def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
+        moments = self.moments(next(iter(self.saes)))
+        samples = round(moments.n.item())
+        return Selection(
+            rule=self.hparams.rule,
+            features=select(self.hparams.rule, candidates, baseline),
+            candidates=tuple(candidates),
+            ranking=self._ranking,
+            baseline_reward=baseline,
+            samples=samples,
+            reward=(moments.y / moments.n.clamp(min=1)).item(),
+            null_max_correlation=null_max_correlation(moments.n_features, samples),
+            llm=self.llm.identity,
+            saes=self._saes_identity,
+        )
+
+    # ---------------------------------------------------------------- test: steer
+
+    def _vectors(self, features: Sequence[Feature]) -> dict[Site, Tensor]:
+        """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32."""
+        vectors: dict[Site, Tensor] = {}
+        for f in features:
+            site, vector = Site.parse(f.site), self.hparams.scale * f.coefficient * self.directions[_name(f)]
+            vectors[site] = vectors[site] + vector if site in vectors else vector
+        return vectors
+
+    def steering_vectors(self) -> dict[Site, Tensor]:
+        """What the selection adds at each site, ``(d_model,)`` float32, ``scale`` included.
+
+        Raises:
+            UserError: Nothing has been fitted.
+        """
+        if self.selection is None:
+            raise UserError(
+                "the module has not been fitted: there is no selection. Run fit first, or give a checkpoint of a "
+                "finished fit with --ckpt_path."
+            )
+        return self._vectors(self.selection.features)
+
+    def comparison(self) -> SteeringVectors:
+        """The unsteered model and the steered one."""
+        return SteeringVectors.stack([{}, self.steering_vectors()], self.schedule)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the merged sums, the selection, and whose they are; no weights."""
+        self.merge()
+        checkpoint["state_dict"] = self.state_dict()
+        checkpoint["corrsteer_pl"] = {
+            "position": self.position,
+            "llm": self.llm.identity,
+            "saes": self._saes_identity,
+            "selection": self.selection.as_dict() if self.selection else None,
+            "directions": self.directions,
+            "snapshots": self.snapshots,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over sums and selection, and let Lightning's loops start afresh on the remaining samples.
+
+        Raises:
+            UserError: The checkpoint is of another program, model or SAE, or an option that the fit settled differs.
+        """
+        if "corrsteer_pl" not in checkpoint:
+            raise UserError("the checkpoint was not written by corrsteer_pl. Give the last.ckpt of a fit.")
+        stored = checkpoint["corrsteer_pl"]
+        self._check_same_fit(checkpoint.get("hyper_parameters", {}), stored)
+        self._saes_identity = stored["saes"]
+        self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
+        if stored["selection"] is not None:
+            self.selection = self._reselect(Selection.from_dict(stored["selection"]))
+        # Lightning's own progress counts batches of one world size; ours counts samples.
+        checkpoint.pop("loops", None)
+        if not self.saes:
+            checkpoint["state_dict"] = self.state_dict()
+
+    def _check_same_fit(self, fitted: dict[str, Any], stored: dict[str, Any]) -> None:
+        for name in FIXED_BY_FIT:
+            if name in fitted and fitted[name] != self.hparams[name]:
+                raise UserError(
+                    f"model.{name} is {self.hparams[name]}, but the checkpoint was fitted with {fitted[name]}, which a "
+                    "fit settles. Leave it out, or fit again."
+                )
+        if hasattr(self, "llm") and self.llm.identity["fingerprint"] != stored["llm"]["fingerprint"]:
+            raise UserError(
+                f"the checkpoint was fitted on the model {stored['llm']['name']}, but model.llm is {self.llm_name}, "
+                "which has other weights. Use the checkpoint's model, or fit again."
+            )
+        if self.saes:
+            own = self._saes_identity
+            if own["fingerprints"] != stored["saes"]["fingerprints"]:
+                raise UserError(
+                    f"the checkpoint was fitted with the SAEs {stored['saes']['name']} (layers "
+                    f"{choices(stored['saes']['fingerprints'])}), but model.saes is {own['name']} (layers "
+                    f"{choices(own['fingerprints'])}), which differ. Use the checkpoint's, or fit again."
+                )
+
+    def _reselect(self, fitted: Selection) -> Selection:
+        """Apply this module's rule, sign and layers to the fit's candidates."""
+        h = self.hparams
+        layers = {f.layer for f in fitted.candidates}
+        if missing := sorted(set(h.layers or ()) - layers) if layers else []:
+            raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(sorted(layers))}).")
+        candidates = [
+            f for f in fitted.candidates
+            if h.sign in ("both", f.sign) and (h.layers is None or f.layer in h.layers)
+        ]  # fmt: skip
+        if h.rule != "all" and any(f.validation_reward is None for f in candidates):
+            raise UserError(
+                f"model.rule is {h.rule}, which needs tested candidates, but the checkpoint was fitted with rule all, "
+                "which tests none. Fit again with that rule."
+            )
+        return replace(fitted, rule=h.rule, features=select(h.rule, candidates, fitted.baseline_reward))
+
+
+def _name(feature: Feature) -> str:
+    return f"{feature.layer}/{feature.index}"

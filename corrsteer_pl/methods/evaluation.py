@@ -1,0 +1,122 @@
+"""Paired evaluation, the same for every method: unsteered and changed model on the same samples."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from corrsteer_pl.data import Batch, TaskDataModule
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes
+from corrsteer_pl.models.decode import Decoder, Intervention
+from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.strategy import gather_lists, prepare
+from corrsteer_pl.tasks import Task
+
+
+class PairedEvaluation(LightningModule, ABC):
+    """A frozen language model, and ``test_step`` and ``predict_step`` that compare it with a changed one.
+
+    Args:
+        llm: Path or Hub id of the model, or ``demo``.
+        dtype: Its precision: ``float32``, ``bfloat16`` or ``float16``.
+        variants_at_once: How many variants of every prompt share a forward pass.
+
+    Attributes:
+        outcomes: After a test, one entry per sample in the order of the split.
+        predictions: After a prediction, id, prompt, baseline and steered text of each sample, in order.
+        metrics: After a test, what :func:`~corrsteer_pl.evaluation.paired.compare_outcomes` says of them.
+    """
+
+    llm: LanguageModel
+    decoder: Decoder
+
+    def __init__(self, llm: str, dtype: str = "float32", variants_at_once: int = 8) -> None:
+        super().__init__()
+        if variants_at_once < 1:
+            raise UserError(f"model.variants_at_once is {variants_at_once}; it is a number of variants, at least 1.")
+        self.llm_name, self.dtype_name, self.variants_at_once = llm, dtype, variants_at_once
+        self.position = 0
+        self.outcomes: list[Outcome] = []
+        self.metrics: dict[str, Any] = {}
+        self.predictions: list[dict[str, str]] = []
+
+    @abstractmethod
+    def comparison(self) -> Intervention:
+        """Two variants: the unchanged model and the changed one."""
+
+    @property
+    def datamodule(self) -> TaskDataModule:
+        """The data module that runs with this module.
+
+        Raises:
+            UserError: The trainer was given plain data loaders.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, TaskDataModule):
+            raise UserError(f"{type(self).__name__} needs datamodule=TaskDataModule(...), which knows the task.")
+        return datamodule
+
+    @property
+    def task(self) -> Task:
+        """The task at hand."""
+        return self.datamodule.task
+
+    def setup(self, stage: str) -> None:
+        """Load the language model onto this process's device."""
+        prepare(self.trainer)
+        if not hasattr(self, "llm"):
+            self.llm = LanguageModel.load(self.llm_name, self.dtype_name)
+        self.llm.model.to(self.trainer.strategy.root_device)
+        answers = self.llm.single_tokens(self.task.answers) if self.task.answers else None
+        allowed = answers if self.datamodule.allowed_answers else None
+        self.decoder = Decoder(self.llm, self.task.max_new_tokens, allowed, self.variants_at_once)
+
+    def rewards(self, texts: list[str], batch: Batch) -> Tensor:
+        """Rewards of one response per sample, ``(batch,)`` float64."""
+        return torch.tensor(self.task.reward(texts, batch.examples), dtype=torch.float64, device=batch.weight.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier outcomes."""
+        self._numbered: list[tuple[int, Outcome]] = []
+        self._compared = self.comparison()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Generate with and without the change, from one prefill, and score both."""
+        baseline, changed = self.decoder.compare(batch, self._compared)
+        rewards = [self.rewards(texts, batch).tolist() for texts in (baseline, changed)]
+        for i, example in enumerate(batch.examples):
+            if batch.weight[i]:
+                outcome = Outcome(
+                    example.id, example.prompt, example.gold, example.group,
+                    baseline[i], changed[i], rewards[0][i], rewards[1][i],
+                )  # fmt: skip
+                self._numbered.append((batch.rows[i], outcome))
+
+    def on_test_epoch_end(self) -> None:
+        """Bring the outcomes of all processes together and compare."""
+        numbered = sorted(gather_lists(self._numbered), key=lambda pair: pair[0])
+        self.outcomes = [outcome for _, outcome in numbered]
+        self.metrics = compare_outcomes(self.outcomes)
+        numbers = {name: float(value) for name, value in self.metrics.items() if isinstance(value, (int, float))}
+        self.log_dict({f"test/{name}": value for name, value in numbers.items()}, sync_dist=True)
+
+    def on_predict_epoch_start(self) -> None:
+        """Forget earlier texts."""
+        self._numbered_texts: list[tuple[int, dict[str, str]]] = []
+        self._compared = self.comparison()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep prompt, unsteered and steered text of every sample."""
+        baseline, changed = self.decoder.compare(batch, self._compared)
+        for i, example in enumerate(batch.examples):
+            if batch.weight[i]:
+                texts = {"id": example.id, "prompt": example.prompt, "baseline": baseline[i], "steered": changed[i]}
+                self._numbered_texts.append((batch.rows[i], texts))
+
+    def on_predict_epoch_end(self) -> None:
+        """Bring the texts of all processes together."""
+        numbered = sorted(gather_lists(self._numbered_texts), key=lambda pair: pair[0])
+        self.predictions = [texts for _, texts in numbered]
