@@ -1,0 +1,8 @@
+"""``python -m corrsteer_pl``."""
+
+import sys
+
+from corrsteer_pl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Side products of a run: files on disk, and what the progress bar says."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from safetensors.torch import save_file
+
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import write_atomically, write_json, write_jsonl
+from corrsteer_pl.methods.corrsteer import CorrSteer
+
+LAST = "last.ckpt"
+
+
+class RunFiles(Checkpoint):
+    """Writes a run's results below the trainer's ``default_root_dir``, each file whole or not at all.
+
+    ``last.ckpt``, ``selection.json`` and ``steering.safetensors`` by a fit; ``test/<task>[-<tag>]/metrics.json``
+    and ``outcomes.jsonl`` by a test; ``predict/<task>[-<tag>].jsonl`` by a prediction.
+
+    Args:
+        every_n_train_steps: How often an unfinished fit is saved, in steps.
+        tag: Suffix that keeps the results of several tests apart.
+
+    Attributes:
+        written: Where the last results were written, on the first process; None before.
+    """
+
+    def __init__(self, every_n_train_steps: int = 50, tag: str | None = None) -> None:
+        super().__init__()
+        if every_n_train_steps < 1:
+            raise UserError(f"results.every_n_train_steps is {every_n_train_steps}; it is a number of steps, at least 1.")
+        self.every_n_train_steps, self.tag = every_n_train_steps, tag
+        self.written: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See at once whether results can be written."""
+        if trainer.is_global_zero:
+            write_atomically(self._folder(trainer) / ".writable", lambda file: file.touch())
+            (self._folder(trainer) / ".writable").unlink()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save an unfinished fit now and then."""
+        if trainer.global_step % self.every_n_train_steps == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+        """In a fit, save what has been selected so far."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+            if trainer.is_global_zero:
+                self._write_selection(self._folder(trainer), pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+        """Write the comparison."""
+        if trainer.is_global_zero:
+            task = pl_module.datamodule.hparams["task"]
+            self.written = self._folder(trainer) / "test" / self._tagged(task)
+            settings = {"task": task, "split": "test", "model": pl_module.llm.name, "scale": pl_module.hparams["scale"]}
+            write_json(self.written / "metrics.json", {**settings, **pl_module.metrics})
+            write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+        """Write the texts."""
+        if trainer.is_global_zero:
+            name = self._tagged(pl_module.datamodule.hparams["task"])
+            self.written = self._folder(trainer) / "predict" / f"{name}.jsonl"
+            write_jsonl(self.written, pl_module.predictions)
+
+    def _write_selection(self, folder: Path, module: CorrSteer) -> None:
+        self.written = folder
+        write_json(folder / "selection.json", {**module.selection.as_dict(), "snapshots": module.snapshots})
+        vectors = {str(site): vector.contiguous() for site, vector in module.steering_vectors().items()}
+        write_atomically(folder / "steering.safetensors", partial(save_file, vectors))
+
+    def _save(self, trainer: Trainer) -> None:
+        last = self._folder(trainer) / LAST
+        # All processes take part, for their sums are merged; the name is the same on all of them.
+        unfinished = last.with_name(f".{LAST}.tmp")
+        trainer.save_checkpoint(unfinished, weights_only=False)
+        if trainer.is_global_zero:
+            unfinished.replace(last)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir)
+
+    def _tagged(self, name: str) -> str:
+        return f"{Path(name).name}-{self.tag}" if self.tag else Path(name).name
+
+
+class Progress(RichProgressBar):
+    """A progress bar that also names the features that lead so far.
+
+    Args:
+        top_every_n_steps: How often the leading features are looked up, in steps.
+    """
+
+    def __init__(self, top_every_n_steps: int = 10) -> None:
+        super().__init__(leave=True)
+        self.top_every_n_steps = top_every_n_steps
+        self._top = ""
+
+    def get_metrics(self, trainer: Trainer, pl_module: CorrSteer) -> dict[str, Any]:
+        """The logged metrics and the leading features, as ``layer/index r``."""
+        if trainer.training and trainer.global_step % self.top_every_n_steps == 0:
+            self._top = "  ".join(f"{f.layer}/{f.index} {f.correlation:+.2f}" for f in pl_module.leaders()[:3])
+        metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        return {**metrics, "top": self._top} if trainer.training else metrics
