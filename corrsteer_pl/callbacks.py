@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from safetensors.torch import save_file
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import write_atomically, write_json, write_jsonl
+from corrsteer_pl.files import check_writable, write_atomically, write_json, write_jsonl
 from corrsteer_pl.methods.corrsteer import CorrSteer
 
 LAST = "last.ckpt"
@@ -38,9 +38,7 @@ class RunFiles(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See at once whether results can be written."""
-        if trainer.is_global_zero:
-            write_atomically(self._folder(trainer) / ".writable", lambda file: file.touch())
-            (self._folder(trainer) / ".writable").unlink()
+        check_writable(self._folder(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save an unfinished fit now and then."""

@@ -14,13 +14,14 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from corrsteer_pl.callbacks import LAST, Progress, RunFiles
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.evaluation.report import metrics_table, selection_table, show
-from corrsteer_pl.files import write_atomically
+from corrsteer_pl.files import check_writable, write_atomically
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sae_training import train_saes
 
@@ -136,6 +137,8 @@ def _given(args: Sequence[str]) -> dict[str, Any]:
                 settings = yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"the configuration {value} is no valid YAML ({_one_line(error)}).") from error
+            if not isinstance(settings, dict):
+                raise UserError(f"the configuration {value} holds no options by name. See --print_config for an example.")
             given |= _flatten(settings) | {"config": value}
         else:
             given[name.removeprefix("--")] = value
@@ -204,7 +207,6 @@ class _Cli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunFiles, "results")
-        parser.add_lightning_class_args(Progress, "progress")
         parser.set_defaults({"results.every_n_train_steps": 50})
 
     def _parse_ckpt_path(self) -> None:
@@ -218,11 +220,21 @@ class _Cli(LightningCLI):
             raise UserError("ckpt_path stands in a configuration; give it on the command line with --ckpt_path.")
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(_run_folder(self._given))
+        check_writable(Path(config.trainer.default_root_dir))
         if config.trainer.logger is None:
             config.trainer.logger = fitting and _csv_logger(config.trainer.default_root_dir)
         if "verbose" in config:
             config.verbose = False
 
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand].trainer
+        if options.enable_progress_bar is not False:
+            kwargs["callbacks"] = [*(options.callbacks or []), Progress()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"the trainer cannot be set up: {_one_line(error)}") from error
 
     @property
     def _written(self) -> str:

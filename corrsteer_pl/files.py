@@ -13,6 +13,20 @@ from pyarrow import ArrowException
 from corrsteer_pl.errors import UserError, choices
 
 
+def check_writable(folder: Path) -> None:
+    """See whether results can be written below a folder that need not exist yet; makes nothing.
+
+    Raises:
+        UserError: They cannot.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be written: {nearest} is no folder, or not yours to write. "
+            "Set --trainer.default_root_dir to a folder that can."
+        )
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it.
 

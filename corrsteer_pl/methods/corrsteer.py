@@ -20,7 +20,7 @@ from corrsteer_pl.stats import COEFFICIENTS, Moments, null_max_correlation, pear
 from corrsteer_pl.strategy import all_reduce_sum
 
 # What a fit settles; the rest (rule, sign, layers, scale, positions) may change when testing.
-FIXED_BY_FIT = ("pool", "coefficient_pool", "coefficient", "site", "saes")
+SETTLED_BY_FIT = ("pool", "coefficient_pool", "coefficient", "site")
 
 
 class CorrSteer(PairedEvaluation):
@@ -288,6 +288,7 @@ class CorrSteer(PairedEvaluation):
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["corrsteer_pl"] = {
             "position": self.position,
+            "settled": {name: self.hparams[name] for name in SETTLED_BY_FIT},
             "llm": self.llm.identity,
             "saes": self._saes_identity,
             "selection": self.selection.as_dict() if self.selection else None,
@@ -304,7 +305,8 @@ class CorrSteer(PairedEvaluation):
         if "corrsteer_pl" not in checkpoint:
             raise UserError("the checkpoint was not written by corrsteer_pl. Give the last.ckpt of a fit.")
         stored = checkpoint["corrsteer_pl"]
-        self._check_same_fit(checkpoint.get("hyper_parameters", {}), stored)
+        self._check_same_fit(stored)
+        self._check_same_data(checkpoint.get("datamodule_hyper_parameters", {}))
         self._saes_identity = stored["saes"]
         self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
         if stored["selection"] is not None:
@@ -314,25 +316,38 @@ class CorrSteer(PairedEvaluation):
         if not self.saes:
             checkpoint["state_dict"] = self.state_dict()
 
-    def _check_same_fit(self, fitted: dict[str, Any], stored: dict[str, Any]) -> None:
-        for name in FIXED_BY_FIT:
-            if name in fitted and fitted[name] != self.hparams[name]:
+    def _check_same_fit(self, stored: dict[str, Any]) -> None:
+        for name, value in stored["settled"].items():
+            if value != self.hparams[name]:
                 raise UserError(
-                    f"model.{name} is {self.hparams[name]}, but the checkpoint was fitted with {fitted[name]}, which a "
-                    "fit settles. Leave it out, or fit again."
+                    f"model.{name} is {self.hparams[name]}, but the checkpoint was fitted with {value}, which a fit "
+                    "settles. Leave it out, or fit again."
                 )
-        if hasattr(self, "llm") and self.llm.identity["fingerprint"] != stored["llm"]["fingerprint"]:
+        if not hasattr(self, "llm"):
+            return
+        if self.llm.identity["fingerprint"] != stored["llm"]["fingerprint"]:
             raise UserError(
                 f"the checkpoint was fitted on the model {stored['llm']['name']}, but model.llm is {self.llm_name}, "
                 "which has other weights. Use the checkpoint's model, or fit again."
             )
-        if self.saes:
-            own = self._saes_identity
-            if own["fingerprints"] != stored["saes"]["fingerprints"]:
+        h, theirs = self.hparams, stored["saes"]
+        if self.saes or h.saes != theirs["name"]:
+            ours = self._saes_identity or saes_identity(h.saes, load_saes(h.saes, self.llm, h.layers, h.site))
+            if ours["fingerprints"] != theirs["fingerprints"]:
                 raise UserError(
-                    f"the checkpoint was fitted with the SAEs {stored['saes']['name']} (layers "
-                    f"{choices(stored['saes']['fingerprints'])}), but model.saes is {own['name']} (layers "
-                    f"{choices(own['fingerprints'])}), which differ. Use the checkpoint's, or fit again."
+                    f"the checkpoint was fitted with the SAEs {theirs['name']} (layers {choices(theirs['fingerprints'])}), "
+                    f"but model.saes is {ours['name']} (layers {choices(ours['fingerprints'])}), which differ. "
+                    "Use the checkpoint's, or fit again."
+                )
+
+    def _check_same_data(self, fitted: dict[str, Any]) -> None:
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        for name, value in self.datamodule.hparams.items():
+            if name != "batch_size" and name in fitted and fitted[name] != value:
+                raise UserError(
+                    f"data.{name} is {value}, but the checkpoint was fitted with {fitted[name]}; a fit can only go on "
+                    "with its own data. Leave it out, or fit from the beginning without --ckpt_path."
                 )
 
     def _reselect(self, fitted: Selection) -> Selection:

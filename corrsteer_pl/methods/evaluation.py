@@ -108,13 +108,16 @@ class PairedEvaluation(LightningModule, ABC):
         self._numbered_texts: list[tuple[int, dict[str, str]]] = []
         self._compared = self.comparison()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep prompt, unsteered and steered text of every sample."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """Id, prompt, unsteered and steered text of every sample."""
         baseline, changed = self.decoder.compare(batch, self._compared)
-        for i, example in enumerate(batch.examples):
-            if batch.weight[i]:
-                texts = {"id": example.id, "prompt": example.prompt, "baseline": baseline[i], "steered": changed[i]}
-                self._numbered_texts.append((batch.rows[i], texts))
+        numbered = [
+            (batch.rows[i], {"id": e.id, "prompt": e.prompt, "baseline": baseline[i], "steered": changed[i]})
+            for i, e in enumerate(batch.examples)
+            if batch.weight[i]
+        ]
+        self._numbered_texts += numbered
+        return [texts for _, texts in numbered]
 
     def on_predict_epoch_end(self) -> None:
         """Bring the texts of all processes together."""

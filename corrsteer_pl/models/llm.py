@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +47,7 @@ class LanguageModel:
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             kind = "folder" if Path(path).exists() else "model"
             reason = str(error).strip().splitlines()[0]
             raise UserError(

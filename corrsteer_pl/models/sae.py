@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from sae_lens import SAE
 from torch import Tensor
 
@@ -86,7 +87,10 @@ def _declared_sites(folder: Path, source: str) -> dict[int, tuple[Path, Site]]:
         raise UserError(f"the SAE folder {source!r} does not exist. Set model.saes to a folder of SAELens SAEs.")
     found: dict[int, tuple[Path, Site]] = {}
     for config in sorted(folder.glob("**/cfg.json")):
-        settings = json.loads(config.read_text())
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config} is no valid JSON ({error}). Save the SAE again with SAELens.") from error
         hook = settings.get("metadata", {}).get("hook_name") or settings.get("hook_name", "")
         site = Site.parse(hook)
         if site.layer in found:
@@ -105,7 +109,7 @@ def _load(path: Path, declared: Site, llm: LanguageModel, site: str) -> SparseAu
         raise UserError(f"model.site is {site!r}; choose one of {choices(SITES)}.")
     try:
         sae: Any = SAE.load_from_disk(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the SAE in {path} cannot be read ({str(error).splitlines()[0]}). Save it again with SAELens."
         ) from error

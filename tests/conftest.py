@@ -1,0 +1,58 @@
+"""Shared fixtures: the shipped model, hand-made autoencoders, and a trainer without noise."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import reads it
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+
+from corrsteer_pl.models.llm import LanguageModel
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def llm():
+    return LanguageModel.load("demo")
+
+
+def make_trainer(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**{**quiet, "enable_model_summary": False, "max_epochs": 1, "accelerator": "cpu", **options})
+
+
+def make_sae(folder, layer, W_enc, W_dec, b_enc=None, kind="resid_post"):
+    """Save a standard (ReLU) SAE with the given weights, (d_in, d_sae) and (d_sae, d_in)."""
+    hook = f"blocks.{layer}.hook_{kind}"
+    d_in, d_sae = W_enc.shape
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae, metadata=SAEMetadata(hook_name=hook)))
+    sae.W_enc.data, sae.W_dec.data = W_enc.contiguous(), W_dec.contiguous()
+    sae.b_enc.data = torch.zeros(d_sae) if b_enc is None else b_enc
+    sae.b_dec.data = torch.zeros(d_in)
+    sae.save_model(folder / hook)
+    return folder
+
+
+def random_saes(folder, layers, d_in=128, d_sae=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        W_enc = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
+        make_sae(folder, layer, W_enc, W_enc.T.clone())
+    return folder
+
+
+def cli(*args, cwd, timeout=300, check=True, env=None):
+    """Run the command line as a user does; with `check`, it has to succeed."""
+    command = [sys.executable, "-m", "corrsteer_pl", *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -1,0 +1,158 @@
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from corrsteer_pl.data import Shard, TaskDataModule
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import read_rows, write_atomically, write_jsonl
+from corrsteer_pl.tasks import Example
+
+EXAMPLES = [Example(str(i), f"p{i}", "") for i in range(11)]
+
+
+def collate(prompts):
+    return torch.zeros(len(prompts), 1), torch.ones(len(prompts), 1)
+
+
+def counted(world_size, batch_size, start=0, examples=EXAMPLES):
+    """Rows with weight 1 per process, and the number of batches per process."""
+    shards = [Shard(examples, collate, batch_size, rank, world_size, start) for rank in range(world_size)]
+    rows = [[r for batch in shard for r, w in zip(batch.rows, batch.weight, strict=True) if w] for shard in shards]
+    return rows, [sum(1 for _ in shard) for shard in shards]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("start", [0, 3, 10, 11])
+def test_every_sample_counts_once_and_processes_have_equal_batches(world_size, batch_size, start):
+    rows, batches = counted(world_size, batch_size, start)
+    assert sorted(sum(rows, [])) == list(range(start, 11))
+    assert len(set(batches)) == 1
+    assert batches[0] == len(Shard(EXAMPLES, collate, batch_size, 0, world_size, start)) >= 1
+
+
+def test_chunks_do_not_depend_on_the_number_of_processes():
+    alone = [batch.rows for batch in Shard(EXAMPLES, collate, 2)]
+    pairs = [[batch.rows for batch in Shard(EXAMPLES, collate, 2, rank, 2)] for rank in (0, 1)]
+    assert [chunk for step in zip(*pairs, strict=True) for chunk in step] == alone
+
+
+def test_the_end_of_a_batch_is_where_to_go_on():
+    for batch in Shard(EXAMPLES, collate, 2, 1, 2):
+        rest, _ = counted(1, 2, batch.end)
+        assert rest == [list(range(batch.end, 11))]
+    assert batch.end == 11
+
+
+def module(path, **options):
+    return TaskDataModule(**{"task": "generic", "path": str(path), "task_args": {"answer": "a"}, **options})
+
+
+def rows(n, prefix=""):
+    return [{"prompt": f"{prefix}{i}", "a": "x"} for i in range(n)]
+
+
+def prompts(data):
+    return {split: [example.prompt for example in examples] for split, examples in data.examples.items()}
+
+
+def test_one_file_is_divided_into_disjoint_splits(tmp_path):
+    write_jsonl(tmp_path / "all.jsonl", rows(100))
+    data = module(tmp_path / "all.jsonl", seed=3)
+    data.setup("fit")
+    splits = prompts(data)
+    assert [len(splits[s]) for s in ("train", "validation", "test")] == [50, 10, 40]
+    assert len(set(sum(splits.values(), []))) == 100
+    again = module(tmp_path / "all.jsonl", seed=3)
+    again.setup("test")
+    assert prompts(again) == splits
+    other = module(tmp_path / "all.jsonl", seed=4)
+    other.setup("fit")
+    assert prompts(other) != splits
+
+
+def test_a_folder_has_a_file_per_split_and_sizes_limit(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(30, "t"))
+    write_jsonl(tmp_path / "dev.jsonl", rows(20, "d"))
+    data = module(tmp_path, val_split="dev", test_split="dev", train_size=7, val_size=2)
+    data.setup("fit")
+    splits = prompts(data)
+    assert len(splits["train"]) == 7
+    assert all(p.startswith("t") for p in splits["train"])
+    assert len(splits["validation"]) == 2
+    assert len(splits["test"]) == 16
+    assert not set(splits["validation"]) & set(splits["test"])
+
+
+def test_csv_and_parquet_give_the_rows_of_jsonl(tmp_path):
+    table = [{"prompt": "a,b", "a": "1"}, {"prompt": 'say "x"\nnow', "a": "2"}]
+    write_jsonl(tmp_path / "r.jsonl", table)
+    with (tmp_path / "r.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "a"])
+        writer.writeheader()
+        writer.writerows(table)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "r.parquet")
+    assert read_rows(tmp_path / "r.jsonl") == read_rows(tmp_path / "r.csv") == read_rows(tmp_path / "r.parquet") == table
+
+
+def test_overlapping_splits_are_refused(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(5))
+    write_jsonl(tmp_path / "validation.jsonl", rows(3, "v"))
+    write_jsonl(tmp_path / "test.jsonl", rows(2))
+    with pytest.raises(UserError, match="the splits train and test overlap in 2 prompts"):
+        module(tmp_path).setup("fit")
+
+
+def test_bad_data_is_explained(tmp_path):
+    with pytest.raises(UserError, match="which does not exist. Set it to a file"):
+        module(tmp_path / "none").setup("fit")
+    with pytest.raises(UserError, match="the task generic needs data. Set data.path"):
+        TaskDataModule("generic", task_args={"answer": "a"}).setup("fit")
+    write_jsonl(tmp_path / "train.jsonl", rows(5))
+    with pytest.raises(UserError, match=r"no file for the split 'validation' \(it has train\)"):
+        module(tmp_path).setup("fit")
+    write_jsonl(tmp_path / "validation.jsonl", [])
+    with pytest.raises(UserError, match="the validation split of generic is empty"):
+        module(tmp_path).setup("fit")
+    with pytest.raises(UserError, match="the train split of generic is empty"):
+        module(tmp_path, train_size=0, val_split="train").setup("fit")
+    (tmp_path / "validation.jsonl").write_text('{"prompt": "x", "a": "y"}\n\n{"prompt": \n')
+    with pytest.raises(UserError, match=r"validation.jsonl, line 3: no valid JSON"):
+        module(tmp_path).setup("fit")
+    (tmp_path / "validation.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"line 1: a JSON object is needed, not list"):
+        module(tmp_path).setup("fit")
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(UserError, match=r"none of the kinds that can be read \(.jsonl, .csv, .parquet\)"):
+        module(tmp_path / "rows.xlsx").setup("fit")
+    (tmp_path / "rows.parquet").write_text("no")
+    with pytest.raises(UserError, match="no valid parquet file"):
+        module(tmp_path / "rows.parquet").setup("fit")
+    with pytest.raises(UserError, match="batch_size is 0"):
+        module(tmp_path, batch_size=0)
+    with pytest.raises(UserError, match="restrict needs a task with answer letters"):
+        module(tmp_path, restrict=True)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, half)
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_an_unwritable_folder_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .* Set --trainer.default_root_dir"):
+        write_jsonl(tmp_path / "file" / "x.jsonl", [json.loads("{}")])

@@ -1,0 +1,202 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.sites import Site, decoder_blocks
+
+WIDTH, NEW = 32, 12
+SIZES = {
+    "vocab_size": 1024, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 128, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=8),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=8),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=1024, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=128, eos_token_id=2, bos_token_id=1
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+}
+PROMPTS = [[1, 17, 250, 33, 9], [1, 400], [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 99, 98]]
+
+
+@pytest.fixture(params=CONFIGS)
+def tiny(request, llm):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        # Random initialisations are nearly constant functions; larger weights give texts that differ.
+        if parameter.ndim > 1 and "embed" not in name:
+            parameter.mul_(6)
+    model.generation_config.pad_token_id = 0
+    return LanguageModel(request.param, model, llm.tokenizer)
+
+
+def batch_of(llm, prompts=PROMPTS):
+    ids, mask = llm.left_pad(prompts)
+    return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
+
+def hf_texts(llm, batch, new=NEW):
+    tokens = llm.model.generate(
+        batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=new
+    )  # (B, P + new)
+    return llm.tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def vectors(layers=(0, 2), kind="resid_post", strength=4.0, seed=0, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    return {Site(layer, kind): strength * torch.randn(width, generator=generator) for layer in layers}
+
+
+def test_unsteered_text_equals_hugging_face(tiny):
+    batch = batch_of(tiny)
+    expected = hf_texts(tiny, batch)
+    assert Decoder(tiny, NEW).generate(batch) == expected
+    assert len(set(expected)) > 1, "the model says the same to everything, so equality would mean little"
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "resid_pre"])
+@pytest.mark.parametrize(
+    "schedule", [Schedule(), Schedule("all"), Schedule("prompt_last"), Schedule("first_k", 3), Schedule(decay=0.7)]
+)
+def test_steered_text_equals_hugging_face_with_the_same_hooks(tiny, kind, schedule):
+    batch, added = batch_of(tiny), vectors(kind=kind)
+    with SteeringVectors(added, schedule).attached(tiny.model):
+        expected = hf_texts(tiny, batch)
+    unsteered, steered = Decoder(tiny, NEW).compare(batch, SteeringVectors.stack([{}, added], schedule))
+    assert steered == expected
+    assert unsteered == hf_texts(tiny, batch)
+    assert steered != unsteered
+
+
+def test_steering_generated_positions_equals_a_naive_full_forward(tiny):
+    # An independent reference: no cache, no padding, one token at a time, vectors added by mask.
+    added = vectors()
+    _, steered = Decoder(tiny, 5).compare(batch_of(tiny), SteeringVectors.stack([{}, added], Schedule()))
+    for prompt, text in zip(PROMPTS, steered, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            handles = [
+                decoder_blocks(tiny.model)[site.layer].register_forward_hook(adding(vector, len(prompt) - 1))
+                for site, vector in added.items()
+            ]
+            ids.append(tiny.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+            for handle in handles:
+                handle.remove()
+            if ids[-1] == 2:
+                break
+        assert text == tiny.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def adding(vector, start):
+    def hook(_module, _args, output):
+        hidden = output if torch.is_tensor(output) else output[0]
+        hidden = hidden.clone()
+        hidden[:, start:] += vector
+        return hidden if torch.is_tensor(output) else (hidden, *output[1:])
+
+    return hook
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_variants_decoded_together_equal_variants_alone(tiny, at_once):
+    batch, many = batch_of(tiny), [{}] + [vectors((layer,), seed=layer) for layer in (0, 1, 2)]
+    together = Decoder(tiny, NEW, variants_at_once=at_once).compare(batch, SteeringVectors.stack(many, Schedule()))
+    assert len(together) == 4
+    for variant, texts in zip(many, together, strict=True):
+        with SteeringVectors(variant).attached(tiny.model):
+            assert texts == hf_texts(tiny, batch)
+
+
+def test_padding_and_company_do_not_change_a_text(tiny):
+    decoder = Decoder(tiny, NEW)
+    together = decoder.generate(batch_of(tiny))
+    assert together == [decoder.generate(batch_of(tiny, [prompt]))[0] for prompt in PROMPTS]
+
+
+def test_logits_change_under_steering_in_every_row(tiny):
+    # A block output taken for a tuple would steer the first row alone.
+    batch = batch_of(tiny)
+    plain = tiny.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    with SteeringVectors(vectors((1,)), Schedule("all")).attached(tiny.model):
+        steered = tiny.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert ((plain - steered).abs().amax(dim=(1, 2)) > 1e-3).all()
+
+
+def test_hooks_leave_no_trace(tiny):
+    batch = batch_of(tiny)
+    before = tiny.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    Decoder(tiny, 3).compare(batch, SteeringVectors.stack([{}, vectors()], Schedule()))
+    with pytest.raises(ZeroDivisionError), SteeringVectors(vectors()).attached(tiny.model):
+        _ = 1 / 0
+    after = tiny.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(before, after)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
+
+
+def test_zero_vectors_give_the_unsteered_text_bit_for_bit(llm):
+    batch = batch_of(llm, [llm.token_ids("Where does"), llm.token_ids("Request: sing\nResponse:")])
+    zero = vectors(strength=0.0, width=llm.config.hidden_size)
+    unsteered, steered = Decoder(llm, 8).compare(batch, SteeringVectors.stack([{}, zero], Schedule()))
+    assert unsteered == steered == hf_texts(llm, batch, 8)
+
+
+def test_decoding_stops_at_the_end_of_sequence(llm):
+    texts = [f"Request: {verb} the bread\nResponse:" for verb in ("bake", "steal", "carry")]
+    batch = batch_of(llm, [llm.token_ids(text) for text in texts])
+    decoder = Decoder(llm, 60)
+    assert decoder.generate(batch) == hf_texts(llm, batch, 60)
+    tokens = decoder._decode(batch, decoder._prefill(batch))
+    assert tokens.ids.shape[1] < 60
+    for row, length in zip(tokens.ids, tokens.lengths, strict=True):
+        assert 2 not in row[:length]
+
+
+def test_restricted_decoding_chooses_among_the_allowed(llm):
+    allowed = llm.single_tokens([" A", " B", " C", " D"])
+    texts = Decoder(llm, 1, allowed).generate(batch_of(llm, [llm.token_ids("Once upon"), llm.token_ids("x")]))
+    assert all(text.strip() in "ABCD" for text in texts)
+
+
+def test_a_prompt_of_one_token_can_be_continued(llm):
+    batch = batch_of(llm, [[1]])
+    assert Decoder(llm, 4).generate(batch) == hf_texts(llm, batch, 4)
+
+
+def test_two_generations_in_one_context_both_start_at_step_zero(llm):
+    batch, first = batch_of(llm, [[1], [1]]), Schedule("prompt_last")
+    steering = SteeringVectors(vectors((1,), width=llm.config.hidden_size, strength=9.0), first)
+    with steering.attached(llm.model):
+        once, again = hf_texts(llm, batch, 4), hf_texts(llm, batch, 4)
+    assert once == again != hf_texts(llm, batch, 4)
+
+
+def test_gradients_are_not_needed_and_caches_are_not_shared(llm):
+    batch = batch_of(llm, [llm.token_ids("Where does")])
+    decoder = Decoder(llm, 4)
+    cache = decoder._prefill(batch)
+    length = cache.get_seq_length()
+    decoder._decode(batch, copy.deepcopy(cache))
+    assert cache.get_seq_length() == length

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from corrsteer_pl.stats import COEFFICIENTS, Moments, null_max_correlation, pearson
+
+
+def filled(x, y, weight=None, batch_size=64):
+    moments = Moments(x.shape[1])
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        moments.update(x[part], y[part], None if weight is None else weight[part])
+    return moments
+
+
+@pytest.fixture
+def activations():
+    generator = torch.Generator().manual_seed(0)
+    return torch.relu(torch.randn(500, 40, generator=generator, dtype=torch.float64) + 0.3)
+
+
+def test_pearson_equals_scipy(activations):
+    y = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = [stats.pearsonr(column, y).statistic for column in activations.T.numpy()]
+    np.testing.assert_allclose(pearson(filled(activations, y)), expected, atol=1e-9)
+
+
+def test_pearson_of_binary_rewards_is_point_biserial(activations):
+    y = (torch.rand(500, generator=torch.Generator().manual_seed(2)) < 0.3).double()
+    expected = [stats.pointbiserialr(y, column).statistic for column in activations.T.numpy()]
+    np.testing.assert_allclose(pearson(filled(activations, y)), expected, atol=1e-9)
+
+
+def test_pearson_survives_a_large_offset(activations):
+    # Sums of squares lose digits where mean >> deviation: 1e3 here, so 1e-16 * 1e6 of relative error.
+    y = (activations[:, 0] > 0.5).double()
+    expected = [stats.pearsonr(column, y).statistic for column in activations.T.numpy()]
+    np.testing.assert_allclose(pearson(filled(activations + 1e3, y)), expected, atol=1e-7)
+
+
+def test_constant_features_and_constant_rewards_have_correlation_zero(activations):
+    y = (activations[:, 0] > 0.5).double()
+    constant = torch.full((500, 3), 0.1)
+    assert pearson(filled(constant, y)).tolist() == [0, 0, 0]
+    assert pearson(filled(activations, torch.full((500,), 0.7))).abs().max() == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_batch_size_and_order_do_not_change_the_sums(activations, batch_size):
+    y = (activations[:, 0] > 0.5).double()
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(3))
+    one, other = filled(activations, y), filled(activations[order], y[order], batch_size=batch_size)
+    for a, b in zip(one.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_weight_zero_adds_nothing(activations):
+    y = (activations[:, 0] > 0.5).double()
+    weight = (torch.arange(500) % 3 > 0).double()
+    kept = filled(activations[weight > 0], y[weight > 0])
+    for a, b in zip(kept.buffers(), filled(activations, y, weight).buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_disjoint_parts_merge_by_absorption(activations):
+    y = (activations[:, 0] > 0.5).double()
+    total, part = filled(activations[:200], y[:200]), filled(activations[200:], y[200:])
+    total.absorb(part)
+    for a, b in zip(filled(activations, y).buffers(), total.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    assert all(buffer.abs().sum() == 0 for buffer in part.buffers())
+
+
+def test_class_statistics_equal_a_naive_loop(activations):
+    y = (activations[:, 0] > 0.5).double()
+    moments, x, right = filled(activations, y), activations.numpy(), (y > 0).numpy()
+    np.testing.assert_allclose(COEFFICIENTS["mean"](moments), x[right].mean(0), rtol=1e-12)
+    np.testing.assert_allclose(COEFFICIENTS["difference"](moments), x[right].mean(0) - x[~right].mean(0), rtol=1e-9)
+    active = [column[right][column[right] > 0].mean() for column in x.T]
+    np.testing.assert_allclose(COEFFICIENTS["active_mean"](moments), active, rtol=1e-12)
+    np.testing.assert_array_equal(moments.active_wrong, (x[~right] > 0).sum(0))
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float()])
+def test_casts_leave_float64(cast, activations):
+    moments = filled(activations, torch.ones(500))
+    before = moments.x.clone()
+    assert all(buffer.dtype == torch.float64 for buffer in cast(moments).buffers())
+    assert torch.equal(moments.x, before)
+
+
+def test_memory_does_not_grow_with_samples(activations):
+    moments = filled(activations, torch.ones(500))
+    assert sum(buffer.numel() for buffer in moments.buffers()) == 4 + 7 * 40
+
+
+def test_null_correlation_shrinks_with_samples():
+    assert [round(null_max_correlation(16384, n), 2) for n in (108, 400, 4000)] == [0.42, 0.22, 0.07]
+    assert null_max_correlation(10, 0) == 1
