@@ -4,13 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from safetensors.torch import save_file
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import check_writable, write_atomically, write_json, write_jsonl
-from corrsteer_pl.methods.corrsteer import CorrSteer
 
 LAST = "last.ckpt"
 
@@ -32,27 +31,29 @@ class RunFiles(Checkpoint):
     def __init__(self, every_n_train_steps: int = 50, tag: str | None = None) -> None:
         super().__init__()
         if every_n_train_steps < 1:
-            raise UserError(f"results.every_n_train_steps is {every_n_train_steps}; it is a number of steps, at least 1.")
+            raise UserError(
+                f"results.every_n_train_steps is {every_n_train_steps}; it is a number of steps, at least 1."
+            )
         self.every_n_train_steps, self.tag = every_n_train_steps, tag
         self.written: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """See at once whether results can be written."""
         check_writable(self._folder(trainer))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save an unfinished fit now and then."""
         if trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """In a fit, save what has been selected so far."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer)
             if trainer.is_global_zero:
                 self._write_selection(self._folder(trainer), pl_module)
 
-    def on_test_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the comparison."""
         if trainer.is_global_zero:
             task = pl_module.datamodule.hparams["task"]
@@ -61,14 +62,14 @@ class RunFiles(Checkpoint):
             write_json(self.written / "metrics.json", {**settings, **pl_module.metrics})
             write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: CorrSteer) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the texts."""
         if trainer.is_global_zero:
             name = self._tagged(pl_module.datamodule.hparams["task"])
             self.written = self._folder(trainer) / "predict" / f"{name}.jsonl"
             write_jsonl(self.written, pl_module.predictions)
 
-    def _write_selection(self, folder: Path, module: CorrSteer) -> None:
+    def _write_selection(self, folder: Path, module: Any) -> None:
         self.written = folder
         write_json(folder / "selection.json", {**module.selection.as_dict(), "snapshots": module.snapshots})
         vectors = {str(site): vector.contiguous() for site, vector in module.steering_vectors().items()}
@@ -101,7 +102,7 @@ class Progress(RichProgressBar):
         self.top_every_n_steps = top_every_n_steps
         self._top = ""
 
-    def get_metrics(self, trainer: Trainer, pl_module: CorrSteer) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """The logged metrics and the leading features, as ``layer/index r``."""
         if trainer.training and trainer.global_step % self.top_every_n_steps == 0:
             self._top = "  ".join(f"{f.layer}/{f.index} {f.correlation:+.2f}" for f in pl_module.leaders()[:3])

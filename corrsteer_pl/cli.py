@@ -21,12 +21,11 @@ from corrsteer_pl.callbacks import LAST, Progress, RunFiles
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.evaluation.report import metrics_table, selection_table, show
-from corrsteer_pl.files import check_writable, write_atomically
+from corrsteer_pl.files import check_writable, read_rows, write_atomically
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sae_training import train_saes
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS: dict[str, Callable] = {"train_saes": train_saes}
 RUNS = Path("checkpoints")
 # In an installed package the configurations lie inside it, in a clone beside it.
 PACKAGE = Path(__file__).parent
@@ -35,13 +34,50 @@ SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "conf
 TAGGED = ("scale", "rule", "sign", "layers", "positions", "first_k", "decay")
 
 
+def train_saes_on(
+    llm: str,
+    data: Path,
+    out: Path,
+    text: str = "text",
+    layers: list[int] | None = None,
+    d_sae: int = 512,
+    k: int = 12,
+    steps: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Train a TopK SAE for the output of each decoder block on the texts of a file, with SAELens.
+
+    Args:
+        llm: Path or Hub id of a causal language model.
+        data: JSONL, CSV or parquet file.
+        out: Folder for the SAEs; give it to ``fit`` as ``--model.saes``.
+        text: Column with the texts.
+        layers: Decoder blocks, from 0; None for all.
+        d_sae: Number of features.
+        k: Features active per token.
+        steps: Optimiser steps, of 2,048 tokens each.
+        seed: Seed of weights and order.
+    """
+    rows = read_rows(data)
+    if rows and text not in rows[0]:
+        raise UserError(f"column {text!r} is not in {data} (columns: {choices(rows[0])}). Set --text to one of them.")
+    check_writable(out)
+    explained = train_saes(
+        llm, [row[text] for row in rows], out, layers=layers, d_sae=d_sae, k=k, steps=steps, seed=seed
+    )
+    show(*(f"layer {layer}: {100 * share:.1f} % of the variance explained" for layer, share in explained.items()))
+
+
+COMMANDS: dict[str, Callable] = {"train_saes": train_saes_on}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one sentence on standard error and the exit status 2."""
     args = list(sys.argv[1:] if args is None else args)
-    _quieten_lightning()
+    quieten_lightning()
     try:
         if args and args[0] in COMMANDS:
-            auto_cli(COMMANDS[args[0]], args=args[1:], parser_class=_Parser)
+            auto_cli(COMMANDS[args[0]], args=args[1:], as_positional=False, parser_class=_Parser)
         else:
             args = with_found_configs(args)
             _Cli(with_checkpoint(args), _given(args))
@@ -90,7 +126,9 @@ def with_checkpoint(args: Sequence[str]) -> list[str]:
     path = given.get("ckpt_path")
     if path is None:
         if command != "fit":
-            raise UserError(f"{command} needs the checkpoint of a fit. Give it with --ckpt_path checkpoints/RUN/{LAST}.")
+            raise UserError(
+                f"{command} needs the checkpoint of a fit. Give it with --ckpt_path checkpoints/RUN/{LAST}."
+            )
         return list(args)
     if path == "last":
         path = str(_run_folder(given) / LAST)
@@ -116,7 +154,9 @@ def read_settings(path: Path) -> dict[str, dict[str, Any]]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Whatever is in the file, it is not a checkpoint; torch.load raises many kinds.
-        raise UserError(f"the checkpoint {str(path)!r} is damaged or none at all. Fit again to make a new one.") from error
+        raise UserError(
+            f"the checkpoint {str(path)!r} is damaged or none at all. Fit again to make a new one."
+        ) from error
     if not isinstance(checkpoint, dict) or "corrsteer_pl" not in checkpoint:
         raise UserError(f"the checkpoint {str(path)!r} was not written by corrsteer_pl. Give the {LAST} of a fit.")
     names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
@@ -138,7 +178,9 @@ def _given(args: Sequence[str]) -> dict[str, Any]:
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"the configuration {value} is no valid YAML ({_one_line(error)}).") from error
             if not isinstance(settings, dict):
-                raise UserError(f"the configuration {value} holds no options by name. See --print_config for an example.")
+                raise UserError(
+                    f"the configuration {value} holds no options by name. See --print_config for an example."
+                )
             given |= _flatten(settings) | {"config": value}
         else:
             given[name.removeprefix("--")] = value
@@ -202,7 +244,12 @@ class _Cli(LightningCLI):
             seed_everything_default=False,
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfig,
-            trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "enable_model_summary": False, "log_every_n_steps": 1},
+            trainer_defaults={
+                "max_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -226,7 +273,6 @@ class _Cli(LightningCLI):
         if "verbose" in config:
             config.verbose = False
 
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
         if options.enable_progress_bar is not False:
@@ -238,7 +284,7 @@ class _Cli(LightningCLI):
 
     @property
     def _written(self) -> str:
-        return f"Written to {next(c for c in self.trainer.callbacks if isinstance(c, RunFiles)).written}."
+        return f"Written to {self._get(self.config_init, 'results').written}."
 
     def _show(self, *items: Any) -> None:
         if self.trainer.is_global_zero:
@@ -261,7 +307,7 @@ def _csv_logger(folder: str) -> dict[str, Any]:
     return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": folder, "name": "logs"}}
 
 
-def _quieten_lightning() -> None:
+def quieten_lightning() -> None:
     """Leave errors, and warnings that a user can act on."""
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -204,9 +204,10 @@ class TaskDataModule(LightningDataModule):
             prompts = {example.prompt: example.id for example in self.examples[one]}
             shared = [example for example in self.examples[other] if example.prompt in prompts]
             if shared:
+                first = f"{prompts[shared[0].prompt]} and {shared[0].id}"
                 raise UserError(
-                    f"the splits {one} and {other} overlap in {len(shared)} prompts (first: {prompts[shared[0].prompt]} "
-                    f"and {shared[0].id}). Remove the duplicates, or let one file be divided between the splits."
+                    f"the splits {one} and {other} overlap in {len(shared)} prompts (first: {first}). "
+                    "Remove the duplicates, or let one file be divided between the splits."
                 )
 
     @property
@@ -231,11 +232,17 @@ class TaskDataModule(LightningDataModule):
         return self._loader("test")
 
     @property
+    def _running(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("the data module has no trainer yet; loaders are made while one runs")
+        return self.trainer
+
+    @property
     def _module(self) -> Any:
-        return self.trainer.lightning_module
+        return self._running.lightning_module
 
     def _loader(self, split: Split, start: int = 0) -> Shard:
-        examples, world_size = self.examples[split], self.trainer.world_size
+        examples, world_size = self.examples[split], self._running.world_size
         if len(examples) < world_size:
             raise UserError(
                 f"{world_size} processes share {len(examples)} {split} samples; each needs at least one. "
@@ -244,7 +251,7 @@ class TaskDataModule(LightningDataModule):
         self._check_lengths(examples)
         batch_size = min(self.hparams["batch_size"], -(-len(examples) // world_size))
         # No DataLoader: Lightning would put its own DistributedSampler into it, which repeats and shuffles.
-        return Shard(examples, self._collate, batch_size, self.trainer.global_rank, world_size, start)
+        return Shard(examples, self._collate, batch_size, self._running.global_rank, world_size, start)
 
     def _collate(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         llm = self._module.llm

@@ -70,7 +70,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return READERS[path.suffix](path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}). Set data.path to a readable file.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}). Set data.path to a readable file."
+        ) from error
     except (UnicodeDecodeError, csv.Error, ArrowException) as error:
         raise UserError(f"{path} is no valid {path.suffix[1:]} file ({error}).") from error
 
@@ -84,7 +86,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: no valid JSON ({error.msg}). Mend or remove the line.") from None
+                raise UserError(
+                    f"{path}, line {number}: no valid JSON ({error.msg}). Mend or remove the line."
+                ) from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}.")
             rows.append(row)

@@ -24,7 +24,7 @@ def letter(text: str, gold: str) -> float:
         (1.0, 1.0, 0.0)
     """
     match = re.match(r"\s*\(?([A-Z])\b", text)
-    return float(bool(match) and match[1] == gold)
+    return float(match is not None and match[1] == gold)
 
 
 def exact(text: str, gold: str) -> float:

@@ -136,7 +136,7 @@ def _best_of_all(candidates: Sequence[Feature], _baseline: float) -> list[Featur
 
 
 def _best_per_layer_above_baseline(candidates: Sequence[Feature], baseline: float) -> list[Feature]:
-    return [f for f in _best_per_layer(candidates, baseline) if f.validation_reward > baseline]
+    return [f for f in _best_per_layer(candidates, baseline) if (f.validation_reward or 0.0) > baseline]
 
 
 def _top_positive_per_layer(candidates: Sequence[Feature], _baseline: float) -> list[Feature]:

@@ -53,6 +53,8 @@ def cli(*args, cwd, timeout=300, check=True, env=None):
     """Run the command line as a user does; with `check`, it has to succeed."""
     command = [sys.executable, "-m", "corrsteer_pl", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

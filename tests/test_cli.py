@@ -196,7 +196,9 @@ def test_a_broken_row_names_file_and_line_and_keeps_the_old_run(here, capsys, tm
     before = {p: p.read_bytes() for p in Path("checkpoints/demo").rglob("*") if p.is_file()}
     write_jsonl(tmp_path / "rows.jsonl", [{"q": "x"}])
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
-    error = refused(capsys, "fit", "--config", "demo.yaml", "--data.task=choice", f"--data.path={tmp_path}/broken.jsonl")
+    error = refused(
+        capsys, "fit", "--config", "demo.yaml", "--data.task=choice", f"--data.path={tmp_path}/broken.jsonl"
+    )
     assert "broken.jsonl, line 1: no valid JSON" in error
     error = refused(capsys, "fit", "--config", "demo.yaml", "--data.task=choice", f"--data.path={tmp_path}/rows.jsonl")
     assert "column 'question' is not in the data (columns: q)" in error

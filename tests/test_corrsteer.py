@@ -164,7 +164,7 @@ def test_coefficients_have_a_pool_and_a_kind_of_their_own():
     for a, b, c in zip(same, mean.selection.candidates, active.selection.candidates, strict=True):
         assert a.index == b.index == c.index
         assert abs(b.coefficient) <= abs(a.coefficient) <= abs(c.coefficient)
-    assert set(mean.merged) == {"layer2_max", "layer2_mean"}
+    assert set(mean.sums.merged) == {"layer2_max", "layer2_mean"}
 
 
 def test_the_order_of_samples_does_not_change_the_selection(tmp_path, fitted):
@@ -173,7 +173,7 @@ def test_the_order_of_samples_does_not_change_the_selection(tmp_path, fitted):
     selections = []
     for name, step in (("one", 1), ("other", -1)):
         for split in ("train", "validation", "test"):
-            rows = [{"prompt": e.prompt, "a": e.gold} for e in data.examples[split]][:: step]
+            rows = [{"prompt": e.prompt, "a": e.gold} for e in data.examples[split]][::step]
             write_jsonl(tmp_path / name / f"{split}.jsonl", rows)
         options = {"answer": "a", "reward": "letter", "max_new_tokens": 1}
         module = fit(data=TaskDataModule("generic", str(tmp_path / name), options))[0]
@@ -209,7 +209,7 @@ def test_checkpoints_hold_no_weights_and_load_safely(tmp_path, fitted):
     module, data, trainer = fitted
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert all(key.startswith("merged.layer") for key in checkpoint["state_dict"])
+    assert all(key.startswith("sums.merged.layer") for key in checkpoint["state_dict"])
     assert (tmp_path / "x.ckpt").stat().st_size < 400_000
     loaded = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt")
     assert loaded.selection == module.selection
@@ -244,7 +244,7 @@ def test_untested_candidates_cannot_be_pruned(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_or_sae_is_refused(tmp_path, fitted, llm):
-    module, _, trainer = fitted
+    _, _, trainer = fitted
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
     other = tmp_path / "other"
     changed = {name: tensor * 1.1 for name, tensor in llm.model.state_dict().items()}
@@ -255,7 +255,9 @@ def test_a_checkpoint_of_another_model_or_sae_is_refused(tmp_path, fitted, llm):
     saes = str(random_saes(tmp_path / "saes", [0, 1, 2, 3], d_sae=512))
     for run in ("test", "validate"):
         with pytest.raises(UserError, match=r"fitted with the SAEs demo .* but model.saes is .*saes"):
-            getattr(make_trainer(), run)(CorrSteer("demo", saes), TaskDataModule(**SMALL), ckpt_path=tmp_path / "x.ckpt")
+            getattr(make_trainer(), run)(
+                CorrSteer("demo", saes), TaskDataModule(**SMALL), ckpt_path=tmp_path / "x.ckpt"
+            )
 
 
 def test_the_same_model_elsewhere_is_recognised(tmp_path, fitted, llm):
@@ -271,7 +273,7 @@ def test_the_same_model_elsewhere_is_recognised(tmp_path, fitted, llm):
 def test_low_precision_models_keep_float64_sums():
     module, _, _ = fit(CorrSteer("demo", "demo", dtype="bfloat16"))
     assert module.llm.model.dtype == torch.bfloat16
-    assert all(buffer.dtype == torch.float64 for buffer in module.merged.buffers())
+    assert all(buffer.dtype == torch.float64 for buffer in module.sums.buffers())
     assert module.selection.samples == 120
 
 
@@ -304,7 +306,9 @@ def test_prompts_longer_than_the_context_are_named(tmp_path, llm):
     long = "very " * 5000
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "a": "x", "id": f"row-{i}"} for i in range(20)])
     data = TaskDataModule("generic", str(tmp_path / "rows.jsonl"), {"answer": "a", "prompt": "{prompt} " + long})
-    with pytest.raises(UserError, match=r"the prompt of row-\d+ has \d+ tokens; with 16 new .* context of demo \(4096\)"):
+    with pytest.raises(
+        UserError, match=r"the prompt of row-\d+ has \d+ tokens; with 16 new .* context of demo \(4096\)"
+    ):
         fit(data=data)
 
 
@@ -336,7 +340,9 @@ def test_bad_settings_are_explained(tmp_path):
 
 
 def test_trainers_under_which_the_sums_would_be_wrong_are_refused():
-    with pytest.raises(UserError, match=r"precision is bf16-true.* set the language model's own precision with model.dtype"):
+    with pytest.raises(
+        UserError, match=r"precision is bf16-true.* set the language model's own precision with model.dtype"
+    ):
         fit(precision="bf16-true")
     with pytest.raises(UserError, match="needs datamodule=TaskDataModule"):
         make_trainer().fit(CorrSteer("demo", "demo"), train_dataloaders=[1], val_dataloaders=[1])

@@ -1,5 +1,6 @@
 import csv
 import json
+from itertools import chain
 
 import pyarrow
 import pyarrow.parquet
@@ -30,7 +31,7 @@ def counted(world_size, batch_size, start=0, examples=EXAMPLES):
 @pytest.mark.parametrize("start", [0, 3, 10, 11])
 def test_every_sample_counts_once_and_processes_have_equal_batches(world_size, batch_size, start):
     rows, batches = counted(world_size, batch_size, start)
-    assert sorted(sum(rows, [])) == list(range(start, 11))
+    assert sorted(chain(*rows)) == list(range(start, 11))
     assert len(set(batches)) == 1
     assert batches[0] == len(Shard(EXAMPLES, collate, batch_size, 0, world_size, start)) >= 1
 
@@ -66,7 +67,7 @@ def test_one_file_is_divided_into_disjoint_splits(tmp_path):
     data.setup("fit")
     splits = prompts(data)
     assert [len(splits[s]) for s in ("train", "validation", "test")] == [50, 10, 40]
-    assert len(set(sum(splits.values(), []))) == 100
+    assert len(set(chain(*splits.values()))) == 100
     again = module(tmp_path / "all.jsonl", seed=3)
     again.setup("test")
     assert prompts(again) == splits
@@ -96,7 +97,9 @@ def test_csv_and_parquet_give_the_rows_of_jsonl(tmp_path):
         writer.writeheader()
         writer.writerows(table)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "r.parquet")
-    assert read_rows(tmp_path / "r.jsonl") == read_rows(tmp_path / "r.csv") == read_rows(tmp_path / "r.parquet") == table
+    assert (
+        read_rows(tmp_path / "r.jsonl") == read_rows(tmp_path / "r.csv") == read_rows(tmp_path / "r.parquet") == table
+    )
 
 
 def test_overlapping_splits_are_refused(tmp_path):

@@ -58,7 +58,16 @@ def test_two_processes_equal_one(reference, tmp_path):
 
 
 def torchrun(folder, *options, args=FIT, wait=True):
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "corrsteer_pl", *args, "--trainer.strategy=ddp"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        "-m",
+        "corrsteer_pl",
+        *args,
+        "--trainer.strategy=ddp",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -71,7 +80,9 @@ def torchrun(folder, *options, args=FIT, wait=True):
 
 @pytest.mark.slow
 def test_torchrun_equals_one_process(reference, tmp_path):
-    torchrun(tmp_path, "--standalone", "--nproc_per_node=2", args=[*FIT, "--trainer.devices=2", "--trainer.accelerator=cpu"])
+    torchrun(
+        tmp_path, "--standalone", "--nproc_per_node=2", args=[*FIT, "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    )
     same_fit(reference, tmp_path / "checkpoints/demo")
 
 
@@ -80,8 +91,8 @@ def test_two_nodes_equal_one_process(reference, tmp_path):
     nodes = [
         torchrun(
             tmp_path, "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-            "--master_port=29517", args=[*FIT, "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.accelerator=cpu"],
-            wait=False,
+            "--master_port=29517", wait=False,
+            args=[*FIT, "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.accelerator=cpu"],
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -113,9 +124,14 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "delay", "before", "after"),
-    [(signal.SIGKILL, 0.0, [], []), (signal.SIGTERM, 0.3, [], []), (signal.SIGKILL, 0.2, TWO, []), (signal.SIGKILL, 0.1, TWO, TWO)],
+    [
+        (signal.SIGKILL, 0.0, [], []),
+        (signal.SIGTERM, 0.3, [], []),
+        (signal.SIGKILL, 0.2, TWO, []),
+        (signal.SIGKILL, 0.1, TWO, TWO),
+    ],
     ids=["kill", "term", "kill two, resume on one", "kill two, resume on two"],
-)  # fmt: skip
+)
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
     position = interrupted(tmp_path, how, delay, *before)
     assert 0 < position < 101
@@ -158,7 +174,9 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_plain_ddp_from_python_works(reference, tmp_path):
     (tmp_path / "run.py").write_text(PYTHON_DDP.format(strategy="ddp"))
-    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     expected = json.loads((reference / "selection.json").read_text())
     assert f"SELECTED {[(f['layer'], f['index']) for f in expected['features']]} 101" in done.stdout
@@ -181,13 +199,12 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
     peaks = []
     for size in (500, 5000):
         options = [
-            "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl", f"--data.train_size={size}",
-            "--data.task_args={max_new_tokens: 4}", "--data.val_size=8", "--data.test_size=8",
-            "--trainer.enable_progress_bar=false",
+            "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
+            f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
+            "--data.task_args={max_new_tokens: 4}", "--trainer.enable_progress_bar=false",
         ]  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, *options], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-        )
+        command = [sys.executable, "-c", PEAK, *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split("PEAK")[1]))
     # The rows themselves take a few MB; activations of 4,500 samples more would take 37 MB per layer.

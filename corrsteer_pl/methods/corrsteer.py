@@ -1,17 +1,18 @@
 """CorrSteer: correlate SAE features with the model's own success, and steer with those that help."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.evaluation import PairedEvaluation
+from corrsteer_pl.methods.provenance import check_llm, check_saes, check_same_data, check_settled
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import SparseAutoencoder, load_saes, saes_identity
 from corrsteer_pl.models.sites import Site
@@ -103,9 +104,7 @@ class CorrSteer(PairedEvaluation):
         self.snapshots: list[dict[str, Any]] = []
         self.saes: dict[int, SparseAutoencoder] = {}
         self._saes_identity: dict[str, Any] = {}
-        # Sums of all processes up to the last merge, and of this process since.
-        self.merged = nn.ModuleDict()
-        self.fresh: dict[str, Moments] = {}
+        self.sums = Accumulator({}, (), torch.device("cpu"))
 
     # ---------------------------------------------------------------- fit: accumulate
 
@@ -114,19 +113,14 @@ class CorrSteer(PairedEvaluation):
         super().setup(stage)
         if stage in ("fit", "validate") and not self.saes:
             h = self.hparams
-            self.saes = load_saes(h.saes, self.llm, h.layers, h.site)
-            self._saes_identity = saes_identity(h.saes, self.saes)
-            sums = {self._key(layer, kind): sae.d_sae for layer, sae in self.saes.items() for kind in self._pools}
-            self.merged = nn.ModuleDict({key: Moments(d_sae) for key, d_sae in sums.items()})
-            self.fresh = {key: Moments(d_sae).to(self.llm.device) for key, d_sae in sums.items()}
+            self.saes = load_saes(h["saes"], self.llm, h["layers"], h["site"])
+            self._saes_identity = saes_identity(h["saes"], self.saes)
+            widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
+            self.sums = Accumulator(widths, self._pools, self.llm.device)
 
     @property
     def _pools(self) -> list[str]:
-        return sorted({self.hparams.pool, self.hparams.coefficient_pool or self.hparams.pool})
-
-    @staticmethod
-    def _key(layer: int, kind: str) -> str:
-        return f"layer{layer}_{kind}"
+        return sorted({self.hparams["pool"], self.hparams["coefficient_pool"] or self.hparams["pool"]})
 
     def configure_optimizers(self) -> None:
         """Nothing is optimised."""
@@ -138,7 +132,7 @@ class CorrSteer(PairedEvaluation):
         rewards = self.rewards(texts, batch)
         for layer, pools in reader.pools.items():
             for kind, pool in pools.items():
-                self.fresh[self._key(layer, kind)].update(pool.value, rewards, batch.weight)
+                self.sums.update(layer, kind, pool.value, rewards, batch.weight)
         self.position = batch.end
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
@@ -147,28 +141,16 @@ class CorrSteer(PairedEvaluation):
         """Stop: a second epoch would count the same samples again."""
         self.trainer.should_stop = True
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the sums of all processes since the last merge to the common ones. Every process must call it."""
-        for key, fresh in self.fresh.items():
-            for buffer in fresh.buffers():
-                all_reduce_sum(buffer)
-            self.merged[key].absorb(fresh)
-
-    def moments(self, layer: int, kind: str | None = None) -> Moments:
-        """The merged sums of a layer for one pool, by default the one that correlates."""
-        return self.merged[self._key(layer, kind or self.hparams.pool)]
-
     # ---------------------------------------------------------------- validate: test the candidates
 
     def on_validation_epoch_start(self) -> None:
         """Merge the sums and choose each layer's candidates."""
         if self.trainer.sanity_checking:
             return
-        self.merge()
+        self.sums.merge()
         self._ranking, self._candidates = self._rank_features()
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
-        self._tested = () if self.hparams.rule == "all" else self._candidates
+        self._tested = () if self.hparams["rule"] == "all" else self._candidates
         alone = [self._vectors([feature]) for feature in self._tested]
         self._variants = SteeringVectors.stack([{}, *alone], self.schedule)
         self._reward_sums = torch.zeros(len(self._variants) + 1, dtype=torch.float64, device=self.device)
@@ -206,24 +188,22 @@ class CorrSteer(PairedEvaluation):
         """Each layer's top candidates by this process's sums so far, the largest |r| first, for display."""
         found = []
         for layer, sae in self.saes.items():
-            key = self._key(layer, self.hparams.pool)
-            moments = deepcopy(self.merged[key])
-            moments.absorb(deepcopy(self.fresh[key]))
-            scores = pearson(moments)
-            found += [describe(moments, scores, scores, layer, str(sae.site), i) for i in sum(rank(scores, 1), [])]
+            scores = pearson(moments := self.sums.so_far(layer, self.hparams["pool"]))
+            positive, negative = rank(scores, 1)
+            found += [describe(moments, scores, scores, layer, str(sae.site), i) for i in positive + negative]
         return sorted(found, key=lambda feature: -abs(feature.correlation))
 
     def _rank_features(self) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
         ranking: list[Feature] = []
         candidates: list[Feature] = []
         for layer, sae in self.saes.items():
-            moments = self.moments(layer)
+            moments = self.sums.moments(layer, self.hparams["pool"])
             self._refuse_equal_rewards(moments)
             scores = pearson(moments)
-            sums = self.moments(layer, self.hparams.coefficient_pool)
-            coefficients = COEFFICIENTS[self.hparams.coefficient](sums)
-            for sign, indices in zip(("positive", "negative"), rank(scores, self.hparams.topk), strict=True):
-                if self.hparams.sign in ("both", sign):
+            coefficient_pool = self.hparams["coefficient_pool"] or self.hparams["pool"]
+            coefficients = COEFFICIENTS[self.hparams["coefficient"]](self.sums.moments(layer, coefficient_pool))
+            for sign, indices in zip(("positive", "negative"), rank(scores, self.hparams["topk"]), strict=True):
+                if self.hparams["sign"] in ("both", sign):
                     top = [describe(moments, scores, coefficients, layer, str(sae.site), i) for i in indices]
                     ranking += top
                     candidates += top[:1]
@@ -232,17 +212,18 @@ class CorrSteer(PairedEvaluation):
     def _refuse_equal_rewards(self, moments: Moments) -> None:
         complete = self.position >= len(self.datamodule.examples.get("train", ()))
         if complete and moments.n * moments.yy - moments.y**2 <= 0:
+            mean = (moments.y / moments.n.clamp(min=1)).item()
             raise UserError(
-                f"all {int(moments.n)} rewards are {(moments.y / moments.n.clamp(min=1)).item():g}, so there is nothing "
-                "to correlate with. Choose a task that the model solves sometimes, or more samples."
+                f"all {int(moments.n)} rewards are {mean:g}, so there is nothing to correlate with. "
+                " Choose a task that the model solves sometimes, or more samples."
             )
 
     def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
-        moments = self.moments(next(iter(self.saes)))
+        moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
         samples = round(moments.n.item())
         return Selection(
-            rule=self.hparams.rule,
-            features=select(self.hparams.rule, candidates, baseline),
+            rule=self.hparams["rule"],
+            features=select(self.hparams["rule"], candidates, baseline),
             candidates=tuple(candidates),
             ranking=self._ranking,
             baseline_reward=baseline,
@@ -259,7 +240,7 @@ class CorrSteer(PairedEvaluation):
         """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32."""
         vectors: dict[Site, Tensor] = {}
         for f in features:
-            site, vector = Site.parse(f.site), self.hparams.scale * f.coefficient * self.directions[_name(f)]
+            site, vector = Site.parse(f.site), self.hparams["scale"] * f.coefficient * self.directions[_name(f)]
             vectors[site] = vectors[site] + vector if site in vectors else vector
         return vectors
 
@@ -284,7 +265,7 @@ class CorrSteer(PairedEvaluation):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the merged sums, the selection, and whose they are; no weights."""
-        self.merge()
+        self.sums.merge()
         checkpoint["state_dict"] = self.state_dict()
         checkpoint["corrsteer_pl"] = {
             "position": self.position,
@@ -305,8 +286,12 @@ class CorrSteer(PairedEvaluation):
         if "corrsteer_pl" not in checkpoint:
             raise UserError("the checkpoint was not written by corrsteer_pl. Give the last.ckpt of a fit.")
         stored = checkpoint["corrsteer_pl"]
-        self._check_same_fit(stored)
-        self._check_same_data(checkpoint.get("datamodule_hyper_parameters", {}))
+        check_settled(stored["settled"], self.hparams)
+        if hasattr(self, "llm"):
+            check_llm(stored["llm"], self.llm.identity)
+            self._check_saes(stored["saes"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
         self._saes_identity = stored["saes"]
         self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
         if stored["selection"] is not None:
@@ -314,58 +299,33 @@ class CorrSteer(PairedEvaluation):
         # Lightning's own progress counts batches of one world size; ours counts samples.
         checkpoint.pop("loops", None)
         if not self.saes:
-            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["state_dict"] = {}
 
-    def _check_same_fit(self, stored: dict[str, Any]) -> None:
-        for name, value in stored["settled"].items():
-            if value != self.hparams[name]:
-                raise UserError(
-                    f"model.{name} is {self.hparams[name]}, but the checkpoint was fitted with {value}, which a fit "
-                    "settles. Leave it out, or fit again."
-                )
-        if not hasattr(self, "llm"):
-            return
-        if self.llm.identity["fingerprint"] != stored["llm"]["fingerprint"]:
-            raise UserError(
-                f"the checkpoint was fitted on the model {stored['llm']['name']}, but model.llm is {self.llm_name}, "
-                "which has other weights. Use the checkpoint's model, or fit again."
-            )
-        h, theirs = self.hparams, stored["saes"]
-        if self.saes or h.saes != theirs["name"]:
-            ours = self._saes_identity or saes_identity(h.saes, load_saes(h.saes, self.llm, h.layers, h.site))
-            if ours["fingerprints"] != theirs["fingerprints"]:
-                raise UserError(
-                    f"the checkpoint was fitted with the SAEs {theirs['name']} (layers {choices(theirs['fingerprints'])}), "
-                    f"but model.saes is {ours['name']} (layers {choices(ours['fingerprints'])}), which differ. "
-                    "Use the checkpoint's, or fit again."
-                )
-
-    def _check_same_data(self, fitted: dict[str, Any]) -> None:
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        for name, value in self.datamodule.hparams.items():
-            if name != "batch_size" and name in fitted and fitted[name] != value:
-                raise UserError(
-                    f"data.{name} is {value}, but the checkpoint was fitted with {fitted[name]}; a fit can only go on "
-                    "with its own data. Leave it out, or fit from the beginning without --ckpt_path."
-                )
+    def _check_saes(self, stored: dict[str, Any]) -> None:
+        h = self.hparams
+        if self.saes:
+            check_saes(stored, self._saes_identity)
+        elif h["saes"] != stored["name"]:
+            check_saes(stored, saes_identity(h["saes"], load_saes(h["saes"], self.llm, h["layers"], h["site"])))
 
     def _reselect(self, fitted: Selection) -> Selection:
         """Apply this module's rule, sign and layers to the fit's candidates."""
         h = self.hparams
         layers = {f.layer for f in fitted.candidates}
-        if missing := sorted(set(h.layers or ()) - layers) if layers else []:
-            raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(sorted(layers))}).")
+        if missing := sorted(set(h["layers"] or ()) - layers) if layers else []:
+            raise UserError(
+                f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(sorted(layers))})."
+            )
         candidates = [
             f for f in fitted.candidates
-            if h.sign in ("both", f.sign) and (h.layers is None or f.layer in h.layers)
+            if h["sign"] in ("both", f.sign) and (h["layers"] is None or f.layer in h["layers"])
         ]  # fmt: skip
-        if h.rule != "all" and any(f.validation_reward is None for f in candidates):
+        if h["rule"] != "all" and any(f.validation_reward is None for f in candidates):
             raise UserError(
-                f"model.rule is {h.rule}, which needs tested candidates, but the checkpoint was fitted with rule all, "
-                "which tests none. Fit again with that rule."
+                f"model.rule is {h['rule']}, which needs tested candidates, but the checkpoint was fitted with rule "
+                "all, which tests none. Fit again with that rule."
             )
-        return replace(fitted, rule=h.rule, features=select(h.rule, candidates, fitted.baseline_reward))
+        return replace(fitted, rule=h["rule"], features=select(h["rule"], candidates, fitted.baseline_reward))
 
 
 def _name(feature: Feature) -> str:

@@ -25,7 +25,9 @@ class Prompts(Protocol):
 class Intervention(Protocol):
     """Variants of a change to the model, applied to a batch in which they stand side by side for every sample."""
 
-    changes_prompt: bool
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether the prompt's keys and values depend on the variant, so that no cache can be shared."""
 
     def __len__(self) -> int:
         """Number of variants."""
@@ -161,4 +163,3 @@ class _Repeated:
     def __init__(self, prompts: Prompts, copies: int) -> None:
         self.input_ids = prompts.input_ids.repeat_interleave(copies, dim=0)
         self.attention_mask = prompts.attention_mask.repeat_interleave(copies, dim=0)
-

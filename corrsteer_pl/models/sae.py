@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from sae_lens import SAE
+from safetensors import SafetensorError
 from torch import Tensor
 
 from corrsteer_pl import demo
@@ -126,4 +126,3 @@ def _load(path: Path, declared: Site, llm: LanguageModel, site: str) -> SparseAu
 def saes_identity(source: str, saes: dict[int, SparseAutoencoder]) -> dict[str, Any]:
     """Name and fingerprints, by which a checkpoint recognises its autoencoders."""
     return {"name": source, "fingerprints": {str(layer): fingerprint(sae.sae) for layer, sae in saes.items()}}
-

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -46,7 +47,7 @@ class Site:
     def __str__(self) -> str:
         return f"blocks.{self.layer}.hook_{self.kind}"
 
-    def hook(self, model: nn.Module, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def hook(self, model: Any, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``fn`` with the residual at this site in every forward pass; what it returns replaces it.
 
         Shape:
@@ -58,7 +59,7 @@ class Site:
         return block.register_forward_hook(_on_output(fn))
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+def decoder_blocks(model: Any) -> nn.ModuleList:
     """The model's decoder blocks, in order.
 
     Raises:

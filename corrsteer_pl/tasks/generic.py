@@ -35,7 +35,9 @@ class Generic(Task):
         if reward not in TEXT_REWARDS:
             raise UserError(f"data.task_args.reward is {reward!r}; choose one of {choices(TEXT_REWARDS)}.")
         if (answer is None) == (gold is None):
-            raise UserError("give either data.task_args.answer (a column) or data.task_args.gold (one text for all rows).")
+            raise UserError(
+                "give either data.task_args.answer (a column) or data.task_args.gold (one text for all rows)."
+            )
         self.prompt, self.answer, self.gold, self.group = prompt, answer, gold, group
         self.score = TEXT_REWARDS[reward]
         self.max_new_tokens, self.first_words = max_new_tokens, first_words
@@ -46,7 +48,7 @@ class Generic(Task):
         text = self.prompt.format(**{name: column(row, name, "prompt") for name in fields})
         if self.first_words is not None:
             text = " ".join(text.split()[: self.first_words])
-        gold = self.gold if self.answer is None else str(column(row, self.answer, "answer"))
+        gold = str(self.gold if self.answer is None else column(row, self.answer, "answer"))
         group = None if self.group is None else str(column(row, self.group, "group"))
         return Example(id, text, gold, group)
 

@@ -1,0 +1,42 @@
+# Every target starts from a bare clone: it makes .venv and installs the tested versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## fit and test both demo tasks, then the table with controls
+	$(BIN)/python -m corrsteer_pl fit --config demo.yaml
+	$(BIN)/python -m corrsteer_pl test --ckpt_path checkpoints/demo/last.ckpt
+	$(BIN)/python -m corrsteer_pl fit --config demo_refusal.yaml
+	$(BIN)/python -m corrsteer_pl test --ckpt_path checkpoints/demo_refusal/last.ckpt
+	$(BIN)/python -m corrsteer_pl.demo.results
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## formatting, lint, types, doctests and the quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+
+format: $(READY)  ## format and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## write the table of results into the README
+	$(BIN)/python -m corrsteer_pl.demo.results --readme README.md
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

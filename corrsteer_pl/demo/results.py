@@ -1,0 +1,157 @@
+"""The table of results on the embedded world: ``python -m corrsteer_pl.demo.results [--readme README.md]``.
+
+For both tasks and several seeds of the fit: the unsteered model, the pruned selection (``foreach``), and two
+controls on the same test questions. Random: features drawn uniformly from the same layers, with the same
+coefficients. Shuffled: the same fit with the rewards permuted within each batch, validated on true rewards.
+"""
+
+import argparse
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from corrsteer_pl.cli import quieten_lightning
+from corrsteer_pl.data import Batch, TaskDataModule
+from corrsteer_pl.evaluation.paired import paired_metrics
+from corrsteer_pl.evaluation.report import percent
+from corrsteer_pl.files import write_atomically
+from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.models.sites import Site
+
+TASKS = ("demo_qa", "demo_refusal")
+SEEDS = (0, 1, 2)
+DRAWS = 10
+FIT: dict[str, Any] = {"train_size": 2000, "val_size": 300, "batch_size": 32}
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+HEADER = (
+    "| task | seed | unsteered | steered | difference [95 %] | p | SER | random features | shuffled rewards |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+class ShuffledRewards(CorrSteer):
+    """A fit that cannot learn anything: each batch's rewards are handed to the wrong samples."""
+
+    def rewards(self, texts: list[str], batch: Batch) -> Tensor:
+        """True rewards, permuted while fitting, ``(batch,)``."""
+        rewards = super().rewards(texts, batch)
+        if not self.trainer.training:
+            return rewards
+        order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(batch.end))
+        return rewards[order]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; ``random`` and ``shuffled`` are test rewards in [0, 1]."""
+
+    task: str
+    seed: int
+    metrics: dict[str, Any]
+    random: list[float]
+    shuffled: float
+
+    def __str__(self) -> str:
+        m, ser = self.metrics, self.metrics["side_effect_ratio"]
+        mean = sum(self.random) / len(self.random)
+        cells = (
+            self.task, self.seed, percent(m["reward_baseline"]), percent(m["reward_steered"]),
+            f"{100 * m['difference']:+.1f} [{percent(m['ci_low'])}, {percent(m['ci_high'])}]", f"{m['p_value']:.1g}",
+            "-" if ser is None else f"{ser:.2f}",
+            f"{percent(mean)} ({percent(min(self.random))} to {percent(max(self.random))})", percent(self.shuffled),
+        )  # fmt: skip
+        return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def run(task: str, seed: int) -> Result:
+    """Fit, draw the controls, and test all of them on the same questions."""
+    module, data = _fitted(CorrSteer("demo", "demo"), task, seed)
+    shuffled, _ = _fitted(ShuffledRewards("demo", "demo"), task, seed)
+    draws = [_random_vectors(module, seed * DRAWS + draw) for draw in range(DRAWS)]
+    variants = [{}, module.steering_vectors(), shuffled.steering_vectors(), *draws]
+    unsteered, steered, wrong, *others = test_rewards(module, data, variants)
+    metrics = paired_metrics(unsteered, steered)
+    return Result(task, seed, metrics, [r.mean().item() for r in others], wrong.mean().item())
+
+
+def _fitted(module: CorrSteer, task: str, seed: int) -> tuple[CorrSteer, TaskDataModule]:
+    data = TaskDataModule(task, seed=seed, **FIT)
+    Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=data)  # fmt: skip
+    return module, data
+
+
+def _random_vectors(module: CorrSteer, seed: int) -> dict[Site, Tensor]:
+    """The selection's coefficients on other features of the same layers."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors: dict[Site, Tensor] = {}
+    for f in module.selection.features if module.selection else ():
+        other = replace(f, index=int(torch.randint(module.saes[f.layer].d_sae, (), generator=generator)))
+        vectors[Site.parse(f.site)] = f.coefficient * module.saes[f.layer].direction(other.index)
+    return vectors
+
+
+@torch.no_grad()
+def test_rewards(module: CorrSteer, data: TaskDataModule, variants: list[dict[Site, Tensor]]) -> list[Tensor]:
+    """Test rewards under each variant, ``(n,)`` each, the same samples in the same order."""
+    data.setup("test")
+    steering, rewards = SteeringVectors.stack(variants, module.schedule), []
+    for batch in data.test_dataloader():
+        kept = batch.weight.bool()
+        rewards.append(torch.stack([module.rewards(t, batch)[kept] for t in module.decoder.compare(batch, steering)]))
+    return list(torch.cat(rewards, dim=1))
+
+
+def table(results: list[Result], seconds: float) -> str:
+    """The results as Markdown, with what a reader needs to judge them."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
+    n = {result.task: result.metrics["n"] for result in results}
+    prompts = " and ".join(f"{count} {task}" for task, count in n.items())
+    note = (
+        f"\nReward in percent on {prompts} test prompts; {FIT['train_size']} prompts to fit, {FIT['val_size']} to "
+        "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
+        f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
+        "the same fit with the rewards permuted, validated on true ones.\n"
+        f"Measured at commit {commit or 'unknown'} with {torch.get_num_threads()} threads of {platform.machine()}, "
+        f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.results`.\n"
+    )
+    return HEADER + "".join(map(str, results)) + note
+
+
+def write_into(readme: Path, text: str) -> None:
+    """Replace what stands between the marks."""
+    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    whole = f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}"
+    write_atomically(readme, lambda file: file.write_text(whole, encoding="utf-8"))
+
+
+def main() -> None:
+    """Measure, print, and write into a README if one is named."""
+    parser = argparse.ArgumentParser(description="Results on the embedded world, with controls.")
+    parser.add_argument("--readme", type=Path, help="file to write the table into, between its marks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    options = parser.parse_args()
+    quieten_lightning()
+    start = time.monotonic()
+    results = [run(task, seed) for task in TASKS for seed in options.seeds]
+    text = table(results, time.monotonic() - start)
+    print(text)  # noqa: T201
+    if options.readme:
+        write_into(options.readme, text)
+
+
+if __name__ == "__main__":
+    main()
