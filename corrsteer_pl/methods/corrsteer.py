@@ -67,7 +67,8 @@ class CorrSteer(PairedEvaluation):
         >>> from corrsteer_pl import CorrSteer, TaskDataModule
         >>> module = CorrSteer(llm="demo", saes="demo", layers=[1])
         >>> data = TaskDataModule("demo_qa", train_size=64, val_size=16)
-        >>> trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        >>> quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = Trainer(logger=False, **quiet)
         >>> trainer.fit(module, datamodule=data)
         >>> len(module.selection.candidates) <= 2
         True
