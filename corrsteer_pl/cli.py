@@ -291,6 +291,11 @@ class _Cli(LightningCLI):
             show(*items)
 
     def after_fit(self) -> None:
+        if self.model.selection is None:
+            raise UserError(
+                "the fit ended before its first validation, so nothing was selected. Let it run to the end of the "
+                "epoch (go on with --ckpt_path last), or validate earlier with --trainer.val_check_interval."
+            )
         self._show(selection_table(self.model.selection), self._written)
 
     def after_validate(self) -> None:

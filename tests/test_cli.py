@@ -238,6 +238,20 @@ def test_more_processes_than_samples_are_refused():
         data.train_dataloader()
 
 
+def test_a_fit_without_validation_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, "fit", "--config", "demo.yaml", *SMALL, "--trainer.max_steps=1")
+    assert "the fit ended before its first validation" in error
+
+
+def test_equal_rewards_are_found_also_in_part_of_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Request: {i}\nResponse:", "a": "never"} for i in range(60)])
+    options = ["--data.task=generic", "--data.path=rows.jsonl", "--data.task_args={answer: a}", "--data.batch_size=8"]
+    error = refused(capsys, "fit", "--config", "demo.yaml", *options, "--trainer.limit_train_batches=2")
+    assert "all 16 rewards are 0" in error
+
+
 def test_help_is_shown():
     done = cli("--help", cwd=".")
     assert all(command in done.stdout for command in ("fit", "validate", "test", "predict"))

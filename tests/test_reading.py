@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.decode import Decoder
@@ -80,6 +81,36 @@ def test_the_last_block_is_read_before_the_final_norm(llm):
     handle.remove()
     assert not torch.allclose(seen[0], output.hidden_states[-1])
     torch.testing.assert_close(llm.model.model.norm(seen[0]), output.hidden_states[-1])
+
+
+def test_blocks_that_return_a_tuple_are_read_and_changed_in_all_rows():
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states + 1, "attention"
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = GPT2Config(n_layer=2)
+            self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x, _ = block(hidden_states=x)
+            return x
+
+    model, x = Model(), torch.zeros(2, 3, 4)
+    for kind in ("resid_pre", "resid_post"):
+        handle = Site(1, kind).hook(model, lambda h: h * 10)
+        assert torch.equal(model(x), torch.full_like(x, 11.0 if kind == "resid_pre" else 20.0))
+        handle.remove()
+
+
+def test_unclear_decoder_blocks_are_refused():
+    model = torch.nn.Module()
+    model.config = GPT2Config(n_layer=2)
+    with pytest.raises(UserError, match="Module has 0 lists of 2 modules, so its decoder blocks are not clear"):
+        decoder_blocks(model)
 
 
 def test_declared_site_decides_and_resid_pre_can_be_forced(llm, tmp_path):

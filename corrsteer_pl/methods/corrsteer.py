@@ -211,7 +211,7 @@ class CorrSteer(PairedEvaluation):
         return tuple(ranking), tuple(candidates)
 
     def _refuse_equal_rewards(self, moments: Moments) -> None:
-        complete = self.position >= len(self.datamodule.examples.get("train", ()))
+        complete = self.trainer.state.fn != "fit" or self.trainer.is_last_batch
         if complete and moments.n * moments.yy - moments.y**2 <= 0:
             mean = (moments.y / moments.n.clamp(min=1)).item()
             raise UserError(

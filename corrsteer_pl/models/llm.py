@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class LanguageModel:
         eos = self.tokenizer.eos_token_id if eos is None else eos
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Name and fingerprint, by which a checkpoint recognises its model wherever it lies."""
         return {"name": self.name, "fingerprint": fingerprint(self.model)}
