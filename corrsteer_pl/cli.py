@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from transformers.utils import logging as transformers_logging
 
 from corrsteer_pl.callbacks import LAST, Progress, RunFiles
@@ -85,6 +86,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except SIGTERMException:
+        # Lightning ends with status 0, which a job scheduler takes for success.
+        sys.stderr.write("stopped by SIGTERM; a fit goes on from its last checkpoint with --ckpt_path last\n")
+        return 128 + signal.SIGTERM
     return 0
 
 

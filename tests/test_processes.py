@@ -117,7 +117,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
         time.sleep(0.005)
     time.sleep(seconds_after_first_checkpoint)
     os.killpg(process.pid, how)  # its own processes alone: it leads a session
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) == (128 + how if how == signal.SIGTERM else -how)
     return torch.load(last, weights_only=True)["corrsteer_pl"]["position"]
 
 
