@@ -23,13 +23,13 @@ demo: $(READY)  ## fit and test both demo tasks, then the table with controls
 	$(BIN)/python -m corrsteer_pl.demo.results
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## formatting, lint, types, doctests and the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
 
 format: $(READY)  ## format and mend what ruff can
 	$(BIN)/ruff format .

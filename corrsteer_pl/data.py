@@ -189,13 +189,16 @@ class TaskDataModule(LightningDataModule):
 
     def _carve(self, file: Path, splits: Sequence[Split]) -> dict[Split, list[Example]]:
         rows = read_rows(file)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.hparams["seed"])).tolist()
+        examples = [self.task.example(row, str(row.get("id", f"{file.stem}:{i}"))) for i, row in enumerate(rows)]
+        if len(splits) > 1:
+            # Each prompt once, or it could fall into two splits.
+            examples = list({example.prompt: example for example in reversed(examples)}.values())[::-1]
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.hparams["seed"])).tolist()
         total, start, carved = sum(SHARES[split] for split in splits), 0, {}
         for split in splits:
-            end = start + round(len(rows) * SHARES[split] / total) if split != splits[-1] else len(rows)
+            end = start + round(len(order) * SHARES[split] / total) if split != splits[-1] else len(order)
             chosen = order[start:end][: self.sizes[split]]
-            chosen = chosen if split == "train" else sorted(chosen)
-            carved[split] = [self.task.example(rows[i], str(rows[i].get("id", f"{file.stem}:{i}"))) for i in chosen]
+            carved[split] = [examples[i] for i in (chosen if split == "train" else sorted(chosen))]
             start = end
         return carved
 

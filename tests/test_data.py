@@ -76,6 +76,13 @@ def test_one_file_is_divided_into_disjoint_splits(tmp_path):
     assert prompts(other) != splits
 
 
+def test_a_prompt_that_stands_twice_falls_into_one_split_alone(tmp_path):
+    write_jsonl(tmp_path / "all.jsonl", rows(50) + rows(50))
+    data = module(tmp_path / "all.jsonl")
+    data.setup("fit")
+    assert sorted(chain(*prompts(data).values())) == sorted(str(i) for i in range(50))
+
+
 def test_a_folder_has_a_file_per_split_and_sizes_limit(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows(30, "t"))
     write_jsonl(tmp_path / "dev.jsonl", rows(20, "d"))

@@ -8,6 +8,7 @@ from corrsteer_pl.files import read_rows, write_jsonl
 from tests.conftest import SHARED, cli
 
 STORIES, TEXTS, MMLU = (SHARED / p for p in ("models/stories260K", "data/tinystories/train.jsonl", "data/mmlu"))
+QUIET = "--trainer.enable_progress_bar=false"
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
         "saes",
         "--d_sae=256",
         "--k=8",
-        "--steps=150",
+        "--steps=60",
         cwd=tmp_path,
     )
     assert len(list((tmp_path / "saes").glob("blocks.*.hook_resid_post"))) == 5
@@ -50,13 +51,10 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not MMLU.exists(), reason="the MMLU rows are absent")
 def test_real_mmlu_rows_run_through(tmp_path):
-    options = [
-        "--data.task=choice", f"--data.path={MMLU}", "--data.task_args={group: subject}",
-        "--data.train_split=validation",
-        "--data.val_split=dev", "--data.train_size=200", "--data.val_size=40", "--data.test_size=80",
-    ]  # fmt: skip
-    cli("fit", "--config", "demo.yaml", *options, "--trainer.enable_progress_bar=false", cwd=tmp_path, timeout=500)
-    cli("test", "--ckpt_path", "checkpoints/demo/last.ckpt", "--trainer.enable_progress_bar=false", cwd=tmp_path)
-    metrics = json.loads((tmp_path / "checkpoints/demo/test/choice/metrics.json").read_text())
-    assert metrics["n"] == 80
-    assert metrics["reward_baseline"] < 0.6, "the model knows a made-up village and nothing else"
+    sizes = ["--data.train_size=200", "--data.val_size=40", "--data.test_size=200"]
+    cli("fit", "--config", "mmlu_rows.yaml", f"--data.path={MMLU}", *sizes, QUIET, cwd=tmp_path)
+    cli("test", "--ckpt_path", "checkpoints/mmlu_rows/last.ckpt", QUIET, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "checkpoints/mmlu_rows/test/choice/metrics.json").read_text())
+    assert metrics["n"] == 200
+    # Chance is a quarter; four standard deviations of 200 guesses are 12 points.
+    assert 0.13 < metrics["reward_baseline"] < 0.37, "the model knows a made-up village and nothing else"

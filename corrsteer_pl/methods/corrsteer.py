@@ -216,7 +216,7 @@ class CorrSteer(PairedEvaluation):
             mean = (moments.y / moments.n.clamp(min=1)).item()
             raise UserError(
                 f"all {int(moments.n)} rewards are {mean:g}, so there is nothing to correlate with. "
-                " Choose a task that the model solves sometimes, or more samples."
+                "Choose a task that the model solves sometimes, or more samples."
             )
 
     def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
