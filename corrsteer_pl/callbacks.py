@@ -1,15 +1,14 @@
 """Side products of a run: files on disk, and what the progress bar says."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
-from safetensors.torch import save_file
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import check_writable, write_atomically, write_json, write_jsonl
+from corrsteer_pl.interventions.steering import SteeringVectors
 
 LAST = "last.ckpt"
 
@@ -43,15 +42,18 @@ class RunFiles(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save an unfinished fit now and then."""
-        if trainer.global_step % self.every_n_train_steps == 0:
+        due = trainer.global_step % self.every_n_train_steps == 0
+        if due and not pl_module.trainer.fast_dev_run and pl_module.rewards_differ():
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """In a fit, save what has been selected so far."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer)
-            if trainer.is_global_zero:
-                self._write_selection(self._folder(trainer), pl_module)
+            self._save_selected(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save what was selected in the end."""
+        self._save_selected(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the comparison."""
@@ -59,6 +61,8 @@ class RunFiles(Checkpoint):
             task = pl_module.datamodule.hparams["task"]
             self.written = self._folder(trainer) / "test" / self._tagged(task)
             settings = {"task": task, "split": "test", "model": pl_module.llm.name, "scale": pl_module.hparams["scale"]}
+            settings |= {name: pl_module.hparams[name] for name in ("rule", "sign", "positions", "dtype")}
+            settings["restrict"] = pl_module.datamodule.hparams["restrict"]
             write_json(self.written / "metrics.json", {**settings, **pl_module.metrics})
             write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
 
@@ -69,11 +73,18 @@ class RunFiles(Checkpoint):
             self.written = self._folder(trainer) / "predict" / f"{name}.jsonl"
             write_jsonl(self.written, pl_module.predictions)
 
+    def _save_selected(self, trainer: Trainer, module: Any) -> None:
+        if module.trainer.fast_dev_run:
+            return
+        self._save(trainer)
+        if trainer.is_global_zero:
+            self._write_selection(self._folder(trainer), module)
+
     def _write_selection(self, folder: Path, module: Any) -> None:
         self.written = folder
         write_json(folder / "selection.json", {**module.selection.as_dict(), "snapshots": module.snapshots})
-        vectors = {str(site): vector.contiguous() for site, vector in module.steering_vectors().items()}
-        write_atomically(folder / "steering.safetensors", partial(save_file, vectors))
+        vectors = SteeringVectors(module.steering_vectors(), module.schedule)
+        write_atomically(folder / "steering.safetensors", vectors.save)
 
     def _save(self, trainer: Trainer) -> None:
         last = self._folder(trainer) / LAST

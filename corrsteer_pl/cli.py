@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +33,10 @@ RUNS = Path("checkpoints")
 PACKAGE = Path(__file__).parent
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 # Options whose value the tag of a test names when it is not the checkpoint's.
-TAGGED = ("scale", "rule", "sign", "layers", "positions", "first_k", "decay")
+TAGGED = {
+    "model": ("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype"),
+    "data": ("restrict",),
+}
 
 
 def train_saes_on(
@@ -62,6 +66,8 @@ def train_saes_on(
     rows = read_rows(data)
     if rows and text not in rows[0]:
         raise UserError(f"column {text!r} is not in {data} (columns: {choices(rows[0])}). Set --text to one of them.")
+    if empty := [i for i, row in enumerate(rows) if not isinstance(row[text], str)]:
+        raise UserError(f"row {empty[0]} of {data} has no text in the column {text!r}. Fill it in or remove the row.")
     check_writable(out)
     explained = train_saes(
         llm, [row[text] for row in rows], out, layers=layers, d_sae=d_sae, k=k, steps=steps, seed=seed
@@ -86,6 +92,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        sys.stderr.write(f"error: {_one_line(error)}\n")
+        return 2
     except SIGTERMException:
         # Lightning ends with status 0, which a job scheduler takes for success.
         sys.stderr.write("stopped by SIGTERM; a fit goes on from its last checkpoint with --ckpt_path last\n")
@@ -101,7 +112,20 @@ def with_found_configs(args: Sequence[str]) -> list[str]:
     Raises:
         UserError: There is none.
     """
-    return _replace_values(args, ("--config", "-c"), _find_config)
+    return _configs_first(_replace_values(args, ("--config", "-c"), _find_config))
+
+
+def _configs_first(args: Sequence[str]) -> list[str]:
+    """Configuration files before all options, so that the command line overrules them in any order."""
+    configs, others = [], []
+    rest = iter(args[1:])
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name in ("--config", "-c"):
+            configs += [argument] if equals else [argument, *islice(rest, 1)]
+        else:
+            others.append(argument)
+    return [*args[:1], *configs, *others]
 
 
 def _find_config(name: str) -> str:
@@ -143,8 +167,13 @@ def with_checkpoint(args: Sequence[str]) -> list[str]:
         settings["data"] = {}
     settings["trainer"] = {"default_root_dir": str(Path(path).parent)}
     if command == "test":
-        changed = [k for k in TAGGED if f"model.{k}" in given and given[f"model.{k}"] != str(settings["model"].get(k))]
-        settings["results"] = {"tag": "-".join(f"{k}-{given[f'model.{k}']}" for k in changed) or None}
+        changed = [
+            f"{name}-{given[f'{part}.{name}']}"
+            for part, names in TAGGED.items()
+            for name in names
+            if str(given.get(f"{part}.{name}", was := settings[part].get(name))).lower() != str(was).lower()
+        ]
+        settings["results"] = {"tag": "-".join(changed) or None}
     return [command, "--config", json.dumps(settings), *args[1:]]
 
 
@@ -195,7 +224,8 @@ def _given(args: Sequence[str]) -> dict[str, Any]:
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        if value is not None:
+            flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
@@ -227,12 +257,12 @@ class _Parser(LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` once everything has been loaded and found in order."""
+    """Writes ``config.yaml`` when the fit has come to its end, lest a refused one spoil an earlier run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Not yet: what follows may still be refused."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             write_atomically(Path(trainer.default_root_dir) / "config.yaml", lambda file: file.write_text(text))
@@ -296,11 +326,6 @@ class _Cli(LightningCLI):
             show(*items)
 
     def after_fit(self) -> None:
-        if self.model.selection is None:
-            raise UserError(
-                "the fit ended before its first validation, so nothing was selected. Let it run to the end of the "
-                "epoch (go on with --ckpt_path last), or validate earlier with --trainer.val_check_interval."
-            )
         self._show(selection_table(self.model.selection), self._written)
 
     def after_validate(self) -> None:

@@ -145,6 +145,10 @@ class TaskDataModule(LightningDataModule):
         self.task = make_task(task, task_args or {})
         self.sources: dict[Split, str] = {"train": train_split, "validation": val_split, "test": test_split}
         self.sizes: dict[Split, int | None] = {"train": train_size, "validation": val_size, "test": test_size}
+        if path is not None and Path(path).exists():
+            self.hparams["path"] = str(Path(path).absolute())
+        if negative := [f"data.{n}_size is {s}" for n, s in self.sizes.items() if s is not None and s < 0]:
+            raise UserError(f"{negative[0]}; it is a number of samples, at least 0.")
         if batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size}; it is a number of prompts, at least 1.")
         if restrict and not self.task.answers:
@@ -265,7 +269,7 @@ class TaskDataModule(LightningDataModule):
         context = getattr(llm.config, "max_position_embeddings", None)
         for example in examples:
             length = len(llm.token_ids(example.prompt))
-            if context is not None and length + new > context:
+            if context is not None and length + new - 1 > context:
                 raise UserError(
                     f"the prompt of {example.id} has {length} tokens; with {new} new ones that exceeds the context of "
                     f"{llm.name} ({context}). Remove the row or shorten it."

@@ -22,6 +22,11 @@ def prepare(trainer: Trainer) -> None:
             f"trainer.precision is {trainer.precision}, which would also cast the running sums. "
             "Leave it at 32-true and set the language model's own precision with model.dtype."
         )
+    if (trainer.min_epochs or 0) > 1:
+        raise UserError(
+            f"trainer.min_epochs is {trainer.min_epochs}, but a second epoch would count every sample twice. "
+            "Leave it out."
+        )
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         strategy.configure_ddp = lambda: None  # type: ignore[method-assign]

@@ -154,6 +154,9 @@ def test_fast_dev_run(here):
         (["fit", "--config", "demo.yaml", "--data.path", "nowhere"], "data.path is 'nowhere', which does not exist"),
         (["fit", "--config", "demo.yaml", "--trainer.precision", "bf16-true"], "model.dtype"),
         (["fit", "--config", "demo.yaml", "--trainer.strategy", "fsdp"], "`fsdp` requires a GPU"),
+        (["fit", "--config", "demo.yaml", "--data.train_size", "-5"], "data.train_size is -5"),
+        (["fit", "--config", "demo.yaml", "--model.layers", "[]"], "model.layers is empty"),
+        (["fit", "--config", "demo.yaml", "--trainer.min_epochs", "2"], "would count every sample twice"),
         (["test"], "test needs the checkpoint of a fit. Give it with --ckpt_path"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "the checkpoint 'nowhere.ckpt' does not exist"),
         (["predict", "--ckpt_path", "last"], "last.ckpt' does not exist"),
@@ -238,10 +241,53 @@ def test_more_processes_than_samples_are_refused():
         data.train_dataloader()
 
 
-def test_a_fit_without_validation_says_so(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("option", "samples"),
+    [("max_steps=2", 64), ("limit_val_batches=0", 96), ("check_val_every_n_epoch=2", 96), ("val_check_interval=2", 96)],
+)
+def test_a_fit_selects_on_all_that_it_counted(option, samples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = refused(capsys, "fit", "--config", "demo.yaml", *SMALL, "--trainer.max_steps=1")
-    assert "the fit ended before its first validation" in error
+    assert main(["fit", "--config", "demo.yaml", *SMALL, f"--trainer.{option}"]) == 0
+    selection = json.loads(Path("checkpoints/demo/selection.json").read_text())
+    assert selection["samples"] == samples
+    assert torch.load(CKPT, weights_only=True)["corrsteer_pl"]["selection"]["samples"] == samples
+
+
+def test_the_command_line_overrules_a_configuration_in_any_order(here):
+    Path("two.yaml").write_text("model: {scale: 2.0}\nckpt_path: null\n")
+    assert main(["test", "--ckpt_path", CKPT, "--model.scale", "0.5", "--config", "two.yaml"]) == 0
+    assert metrics("demo_qa-scale-0.5")["scale"] == 0.5
+
+
+def test_a_printed_configuration_can_be_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "demo.yaml", *SMALL, "--print_config"])
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert main(["fit", "--config", "printed.yaml"]) == 0
+    assert Path("checkpoints/printed/last.ckpt").exists()
+
+
+def test_a_refused_fit_and_a_trial_run_leave_an_earlier_run_alone(here, capsys, tmp_path):
+    before = {p: p.read_bytes() for p in Path("checkpoints/demo").glob("*.*")}
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Request: {i}\nResponse:", "a": "never"} for i in range(60)])
+    options = ["--data.task=generic", f"--data.path={tmp_path}/rows.jsonl", "--data.task_args={answer: a}"]
+    steps = ["--data.batch_size=2", "--results.every_n_train_steps=1"]
+    assert "rewards are 0" in refused(capsys, "fit", "--config", "demo.yaml", *options, *steps)
+    assert main(["fit", "--config", "demo.yaml", *SMALL, "--trainer.fast_dev_run=true"]) == 0
+    assert {p: p.read_bytes() for p in Path("checkpoints/demo").glob("*.*")} == before
+
+
+def test_a_checkpoint_can_be_used_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    rows = [{"prompt": f"Request: sing {i} songs\nResponse:", "harmful": i % 2 == 0} for i in range(60)]
+    write_jsonl(Path("rows.jsonl"), rows)
+    task = ["--data.task=refusal", "--data.path=rows.jsonl", "--data.task_args={max_new_tokens: 3}"]
+    assert main(["fit", "--config", "demo.yaml", *task, *SMALL]) == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert main(["test", "--ckpt_path", "../one/checkpoints/demo/last.ckpt"]) == 0
 
 
 def test_equal_rewards_are_found_also_in_part_of_the_data(tmp_path, monkeypatch, capsys):

@@ -181,6 +181,31 @@ def test_the_order_of_samples_does_not_change_the_selection(tmp_path, fitted):
     assert selections[0] == selections[1]
 
 
+def test_a_second_fit_starts_from_nothing():
+    module, _, _ = fit()
+    fit(module, TaskDataModule("demo_refusal", **SMALL))
+    alone, _, _ = fit(data=TaskDataModule("demo_refusal", **SMALL))
+    assert module.selection == alone.selection
+
+
+def test_a_loaded_module_can_validate_again(tmp_path, fitted):
+    module, _, trainer = fitted
+    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    loaded = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt")
+    make_trainer().validate(loaded, datamodule=TaskDataModule(**SMALL), verbose=False)
+    assert loaded.selection == module.selection
+
+
+def test_equal_rewards_between_zero_and_one_are_found(tmp_path, monkeypatch):
+    data = TaskDataModule(**SMALL)
+    monkeypatch.setattr(data.task, "reward", lambda texts, examples: [0.7] * len(texts))
+    with pytest.raises(UserError, match="all 120 rewards are 0.7"):
+        fit(data=data)
+    monkeypatch.setattr(data.task, "reward", lambda texts, examples: [float("nan")] * len(texts))
+    with pytest.raises(UserError, match=r"the reward of demo_qa-train-\d+ is nan; .* lie between 0 and 1"):
+        fit(data=data)
+
+
 def test_validation_during_the_epoch_gives_snapshots():
     module, _, _ = fit(data=TaskDataModule(**SMALL, batch_size=10), val_check_interval=4)
     assert [s["samples"] for s in module.snapshots] == [40, 80, 120]
@@ -321,6 +346,8 @@ def test_empty_prompts_are_named(tmp_path, llm):
 def test_bad_settings_are_explained(tmp_path):
     with pytest.raises(UserError, match="model.rule is layer, but model.layers is None. Name one layer"):
         CorrSteer("demo", "demo", rule="layer")
+    with pytest.raises(UserError, match="model.sign is 'pos'; choose one of both, positive, negative"):
+        CorrSteer("demo", "demo", sign="pos")
     with pytest.raises(UserError, match="model.topk is 0"):
         CorrSteer("demo", "demo", topk=0)
     with pytest.raises(UserError, match="model.positions is 'here'; choose one of generated, all"):

@@ -54,6 +54,20 @@ def test_the_step_that_ends_the_sequence_is_left_out(llm, tmp_path):
     assert reader.pools[1]["max"].value.abs().max() == 0
 
 
+def test_the_last_prompt_token_is_text_even_if_nothing_follows(llm, tmp_path):
+    saes = load_saes(str(random_saes(tmp_path, [1])), llm)
+    prompt = llm.token_ids("Request: sing\nResponse:")
+    reader, decoder = PoolReader(saes, ["all"]), Decoder(llm, 1)
+    decoder.end = torch.arange(llm.config.vocab_size)
+    decoder.generate(batch_of(llm, [prompt]), reader)
+    seen = []
+    handle = saes[1].site.hook(llm.model, lambda h: seen.append(h))
+    llm.model(torch.tensor([prompt]))
+    handle.remove()
+    expected = saes[1].encode(seen[0][0, 1:]).amax(0)
+    torch.testing.assert_close(reader.pools[1]["all"].value[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_several_pools_share_one_encoding(llm, tmp_path):
     saes = load_saes(str(random_saes(tmp_path, [1])), llm)
     batch = batch_of(llm, [llm.token_ids(text) for text in TEXTS])

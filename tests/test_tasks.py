@@ -88,6 +88,29 @@ def test_generic_options_are_checked():
         make_task("generic", {"prompt": "{q}", "answer": "a"}).example({"a": 1}, "g")
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prompt": "{"}, "no template"),
+        ({"prompt": "{} x"}, "name a column between braces"),
+        ({"gold": "(", "reward": "regex"}, "no regular expression"),
+        ({"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_generic_options_that_cannot_work_are_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_task("generic", {"gold": "x", **options})
+
+
+def test_missing_values_name_their_row():
+    with pytest.raises(UserError, match="row r has nothing in the column 'a'"):
+        make_task("generic", {"answer": "a"}).example({"prompt": "x", "a": None}, "r")
+    with pytest.raises(UserError, match="row r has no list of options"):
+        make_task("choice", {}).example({**ROW, "choices": "abcd"}, "r")
+    listed = make_task("choice", {}).example({**ROW, "choices": '["a", "b", "c", "d"]', "question": 12}, "r")
+    assert listed.prompt.startswith("12\nA. a\nB. b")
+
+
 def test_unknown_tasks_and_options_are_explained():
     with pytest.raises(UserError, match=f"choose one of {', '.join(TASKS)}"):
         make_task("nosuch", {})

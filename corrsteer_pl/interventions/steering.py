@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError, choices
@@ -86,16 +86,26 @@ class SteeringVectors:
 
     @classmethod
     def load(cls, path: str | Path, schedule: Schedule | None = None) -> "SteeringVectors":
-        """Read a ``steering.safetensors`` that a fit wrote.
+        """Read a ``steering.safetensors`` that a fit wrote, with its schedule unless another is given.
 
         Raises:
             UserError: The file is missing or is not one.
         """
         try:
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                vectors = {Site.parse(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                stored = file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is no steering file ({error}). Give a steering.safetensors of a fit.") from error
-        return cls({Site.parse(name): vector for name, vector in tensors.items()}, schedule)
+        if schedule is None and stored:
+            schedule = Schedule(stored["positions"], int(stored["first_k"]), float(stored["decay"]))
+        return cls(vectors, schedule)
+
+    def save(self, path: str | Path) -> None:
+        """Write vectors and schedule, for :meth:`load`."""
+        tensors = {str(site): vector.contiguous() for site, vector in self.vectors.items()}
+        metadata = {name: str(value) for name, value in asdict(self.schedule).items()}
+        Path(path).write_bytes(to_bytes(tensors, metadata))
 
     @classmethod
     def stack(cls, variants: Sequence[Mapping[Site, Tensor]], schedule: Schedule) -> Self:

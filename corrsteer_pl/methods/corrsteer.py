@@ -14,10 +14,13 @@ from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.evaluation import PairedEvaluation
 from corrsteer_pl.methods.provenance import check_llm, check_saes, check_same_data, check_settled
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import SparseAutoencoder, load_saes, saes_identity
+from corrsteer_pl.models.llm import local_name
+from corrsteer_pl.models.pooling import POOLS
+from corrsteer_pl.models.sae import SITES, SparseAutoencoder, load_saes, saes_identity
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import Feature, Selection, describe, rank, select, tested
-from corrsteer_pl.stats import COEFFICIENTS, Moments, null_max_correlation, pearson
+from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, describe, rank, select, tested
+from corrsteer_pl.stats import COEFFICIENTS, null_max_correlation, pearson
+from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
 from corrsteer_pl.strategy import all_reduce_sum
 
 # What a fit settles; the rest (rule, sign, layers, scale, positions) may change when testing.
@@ -93,12 +96,10 @@ class CorrSteer(PairedEvaluation):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         variants_at_once: int = 8,
     ) -> None:
+        llm, saes = local_name(llm), local_name(saes)
         super().__init__(llm, dtype, variants_at_once)
         self.save_hyperparameters()
-        if rule == "layer" and (layers is None or len(layers) != 1):
-            raise UserError(f"model.rule is layer, but model.layers is {layers}. Name one layer, such as [4].")
-        if topk < 1:
-            raise UserError(f"model.topk is {topk}; it is a number of features, at least 1.")
+        self._check_options()
         self.schedule = Schedule(positions, first_k, decay)
         self.selection: Selection | None = None
         self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
@@ -106,6 +107,22 @@ class CorrSteer(PairedEvaluation):
         self.saes: dict[int, SparseAutoencoder] = {}
         self._saes_identity: dict[str, Any] = {}
         self.sums = Accumulator({}, (), torch.device("cpu"))
+        self._stored_sums: dict[str, Tensor] = {}
+
+    def _check_options(self) -> None:
+        h = self.hparams
+        allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
+        if h["coefficient_pool"] is not None:
+            allowed["coefficient_pool"] = POOLS
+        for name, values in allowed.items():
+            if h[name] not in values:
+                raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")
+        if h["layers"] == []:
+            raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")
+        if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
+            raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
+        if h["topk"] < 1:
+            raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
 
     # ---------------------------------------------------------------- fit: accumulate
 
@@ -116,8 +133,16 @@ class CorrSteer(PairedEvaluation):
             h = self.hparams
             self.saes = load_saes(h["saes"], self.llm, h["layers"], h["site"])
             self._saes_identity = saes_identity(h["saes"], self.saes)
-            widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
-            self.sums = Accumulator(widths, self._pools, self.llm.device)
+            self.sums = self._no_sums()
+            if self._stored_sums:
+                self.load_state_dict(self._stored_sums)
+        if stage == "fit":
+            # A fit starts from nothing; going on with a checkpoint restores it after this.
+            self.sums, self.position, self.selection, self.snapshots = self._no_sums(), 0, None, []
+
+    def _no_sums(self) -> Accumulator:
+        widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
+        return Accumulator(widths, self._pools, self.llm.device)
 
     @property
     def _pools(self) -> list[str]:
@@ -139,8 +164,20 @@ class CorrSteer(PairedEvaluation):
         return torch.zeros((), requires_grad=True)
 
     def on_train_epoch_end(self) -> None:
-        """Stop: a second epoch would count the same samples again."""
+        """Select on all that was counted, and stop: a second epoch would count the same samples again."""
         self.trainer.should_stop = True
+        self.sums.merge()
+        counted = round(self.sums.moments(next(iter(self.saes)), self.hparams["pool"]).n.item())
+        if self.selection is None or self.selection.samples < counted:
+            self._validate()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        # Lightning's last validation of the epoch came before its last batches, or not at all.
+        self.on_validation_epoch_start()
+        for batch_idx, batch in enumerate(self.datamodule.val_dataloader()):
+            self.validation_step(batch.to(self.device), batch_idx)
+        self.on_validation_epoch_end()
 
     # ---------------------------------------------------------------- validate: test the candidates
 
@@ -149,6 +186,8 @@ class CorrSteer(PairedEvaluation):
         if self.trainer.sanity_checking:
             return
         self.sums.merge()
+        if self._is_complete:
+            self._refuse_equal_rewards()
         self._ranking, self._candidates = self._rank_features()
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
         self._tested = () if self.hparams["rule"] == "all" else self._candidates
@@ -173,6 +212,8 @@ class CorrSteer(PairedEvaluation):
         candidates = tested(self._candidates, alone) if self._tested else self._candidates
         self.selection = self._describe_selection(candidates, baseline)
         best = max(alone, default=baseline)
+        if self.snapshots and self.snapshots[-1]["samples"] == self.selection.samples:
+            self.snapshots.pop()
         self.snapshots.append(
             {
                 "samples": self.selection.samples,
@@ -199,7 +240,6 @@ class CorrSteer(PairedEvaluation):
         candidates: list[Feature] = []
         for layer, sae in self.saes.items():
             moments = self.sums.moments(layer, self.hparams["pool"])
-            self._refuse_equal_rewards(moments)
             scores = pearson(moments)
             coefficient_pool = self.hparams["coefficient_pool"] or self.hparams["pool"]
             coefficients = COEFFICIENTS[self.hparams["coefficient"]](self.sums.moments(layer, coefficient_pool))
@@ -210,12 +250,24 @@ class CorrSteer(PairedEvaluation):
                     candidates += top[:1]
         return tuple(ranking), tuple(candidates)
 
-    def _refuse_equal_rewards(self, moments: Moments) -> None:
-        complete = self.trainer.state.fn != "fit" or self.trainer.is_last_batch
-        if complete and moments.n * moments.yy - moments.y**2 <= 0:
+    @property
+    def _is_complete(self) -> bool:
+        fitting = self.trainer.state.fn == "fit"
+        return not fitting or self.trainer.is_last_batch or self.trainer.should_stop
+
+    def rewards_differ(self) -> bool:
+        """Whether there is anything to correlate with so far. Every process must call it."""
+        self.sums.merge()
+        moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
+        variance = moments.n * moments.yy - moments.y**2
+        return bool(variance > RELATIVE_VARIANCE_FLOOR * moments.n * moments.yy)
+
+    def _refuse_equal_rewards(self) -> None:
+        if not self.rewards_differ():
+            moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
             mean = (moments.y / moments.n.clamp(min=1)).item()
             raise UserError(
-                f"all {int(moments.n)} rewards are {mean:g}, so there is nothing to correlate with. "
+                f"all {round(moments.n.item())} rewards are {mean:g}, so there is nothing to correlate with. "
                 "Choose a task that the model solves sometimes, or more samples."
             )
 
@@ -271,6 +323,7 @@ class CorrSteer(PairedEvaluation):
         checkpoint["corrsteer_pl"] = {
             "position": self.position,
             "settled": {name: self.hparams[name] for name in SETTLED_BY_FIT},
+            "dtype": self.dtype_name,
             "llm": self.llm.identity,
             "saes": self._saes_identity,
             "selection": self.selection.as_dict() if self.selection else None,
@@ -292,6 +345,7 @@ class CorrSteer(PairedEvaluation):
             check_llm(stored["llm"], self.llm.identity)
             self._check_saes(stored["saes"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_settled({"dtype": stored["dtype"]}, self.hparams)
             check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
         self._saes_identity = stored["saes"]
         self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
@@ -300,7 +354,7 @@ class CorrSteer(PairedEvaluation):
         # Lightning's own progress counts batches of one world size; ours counts samples.
         checkpoint.pop("loops", None)
         if not self.saes:
-            checkpoint["state_dict"] = {}
+            self._stored_sums, checkpoint["state_dict"] = checkpoint["state_dict"], {}
 
     def _check_saes(self, stored: dict[str, Any]) -> None:
         h = self.hparams

@@ -76,7 +76,11 @@ class PairedEvaluation(LightningModule, ABC):
 
     def rewards(self, texts: list[str], batch: Batch) -> Tensor:
         """Rewards of one response per sample, ``(batch,)`` float64."""
-        return torch.tensor(self.task.reward(texts, batch.examples), dtype=torch.float64, device=batch.weight.device)
+        rewards = self.task.reward(texts, batch.examples)
+        for reward, example in zip(rewards, batch.examples, strict=True):
+            if not 0 <= reward <= 1:
+                raise UserError(f"the reward of {example.id} is {reward}; a task's rewards lie between 0 and 1.")
+        return torch.tensor(rewards, dtype=torch.float64, device=batch.weight.device)
 
     def on_test_epoch_start(self) -> None:
         """Forget earlier outcomes."""
@@ -98,6 +102,8 @@ class PairedEvaluation(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Bring the outcomes of all processes together and compare."""
         numbered = sorted(gather_lists(self._numbered), key=lambda pair: pair[0])
+        if not numbered:
+            raise UserError("no test sample was evaluated. Leave --trainer.limit_test_batches out or above 0.")
         self.outcomes = [outcome for _, outcome in numbered]
         self.metrics = compare_outcomes(self.outcomes)
         numbers = {name: float(value) for name, value in self.metrics.items() if isinstance(value, (int, float))}

@@ -127,11 +127,13 @@ class Decoder:
         positions = mask.sum(-1, keepdim=True) - 1
         running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         steps, lengths = [], torch.zeros_like(running, dtype=torch.long)
-        for _ in range(self.max_new_tokens):
+        for step in range(self.max_new_tokens):
             chosen = self._choose(self._forward(ids, mask, positions, cache))  # (B,)
             running = running & ~torch.isin(chosen, self.end)
             if reader:
-                reader.read_step(running & self._is_text(ids[:, 0]))
+                text = self._is_text(ids[:, 0])
+                # The first step reads the last prompt token, which is text whatever follows.
+                reader.read_step(running & text, text if step == 0 else running & text)
             steps.append(chosen)
             lengths += running
             if not running.any():

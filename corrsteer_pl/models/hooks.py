@@ -51,9 +51,14 @@ class PoolReader:
                 for position, column in enumerate(counted[:, chunk].unbind(1)):
                     self.pools[layer]["all"].update(activations[:, position], column)
 
-    def read_step(self, counted: Tensor) -> None:
-        """Take in the last position of the last forward pass where ``counted``, ``(batch,)`` bool."""
+    def read_step(self, counted: Tensor, text: Tensor) -> None:
+        """Take in the last position of the last forward pass.
+
+        Shape:
+            - counted: ``(batch,)`` bool, for the pools of generated tokens.
+            - text: ``(batch,)`` bool, for the pool of all tokens.
+        """
         for layer, residual in self._residuals.items():
             activations = self.saes[layer].encode(residual[:, -1])  # (B, d_sae)
-            for pool in self.pools[layer].values():
-                pool.update(activations, counted)
+            for kind, pool in self.pools[layer].items():
+                pool.update(activations, text if kind == "all" else counted)

@@ -117,6 +117,11 @@ class LanguageModel:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+def local_name(name: str) -> str:
+    """An absolute path for a folder, so that a checkpoint finds it from anywhere; any other name as it is."""
+    return str(Path(name).absolute()) if name != "demo" and Path(name).is_dir() else name
+
+
 def fingerprint(module: nn.Module) -> str:
     """A short hash of a module's parameter names, shapes and first values.
 

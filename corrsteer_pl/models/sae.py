@@ -91,7 +91,9 @@ def _declared_sites(folder: Path, source: str) -> dict[int, tuple[Path, Site]]:
             settings = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{config} is no valid JSON ({error}). Save the SAE again with SAELens.") from error
-        hook = settings.get("metadata", {}).get("hook_name") or settings.get("hook_name", "")
+        if not isinstance(settings, dict):
+            raise UserError(f"{config} describes no SAE. Save the SAE again with SAELens.")
+        hook = (settings.get("metadata") or {}).get("hook_name") or settings.get("hook_name", "")
         site = Site.parse(hook)
         if site.layer in found:
             raise UserError(

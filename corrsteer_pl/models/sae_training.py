@@ -61,6 +61,8 @@ def train_saes(
     Raises:
         UserError: If there are no texts, or a layer is not in the model.
     """
+    if not 0 < k <= d_sae or steps < 1:
+        raise UserError(f"k is {k}, d_sae {d_sae} and steps {steps}; needed are 1 <= k <= d_sae and at least one step.")
     if not any(texts):
         raise UserError("texts is empty. Give at least one text to train SAEs on.")
     llm = llm if isinstance(llm, LanguageModel) else LanguageModel.load(str(llm))

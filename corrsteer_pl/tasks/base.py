@@ -52,14 +52,16 @@ class Task(ABC):
         """Rewards in [0, 1] of the responses to the prompts of ``examples``."""
 
 
-def column(row: Mapping[str, Any], name: str, option: str) -> Any:
+def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
     """The value of a named column.
 
     Raises:
-        UserError: The row has no such column.
+        UserError: The row has no such column, or nothing in it.
     """
     if name not in row:
         raise UserError(
             f"column {name!r} is not in the data (columns: {choices(row)}). Set data.task_args.{option} to one of them."
         )
+    if row[name] is None:
+        raise UserError(f"row {id} has nothing in the column {name!r}. Fill it in or remove the row.")
     return row[name]

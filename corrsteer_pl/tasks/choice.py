@@ -1,5 +1,6 @@
 """Multiple-choice questions, answered with one letter."""
 
+import json
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
@@ -7,6 +8,18 @@ from typing import Any
 from corrsteer_pl import rewards
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.tasks.base import Example, Task, column
+
+
+def _listed(options: Any, id: str) -> list[Any]:
+    """The options of a row; CSV has them as a JSON list."""
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError:
+            options = None
+    if not isinstance(options, list):
+        raise UserError(f'row {id} has no list of options. Give a list, in CSV as JSON: ["red", "blue"].')
+    return options
 
 
 class MultipleChoice(Task):
@@ -40,7 +53,8 @@ class MultipleChoice(Task):
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one question."""
-        question, options, answer = (column(row, name, option) for option, name in self.columns.items())
+        question, options, answer = (column(row, name, option, id) for option, name in self.columns.items())
+        options = _listed(options, id)
         if len(options) != len(self.letters):
             raise UserError(
                 f"row {id} has {len(options)} options, but the task has {len(self.letters)}. "
@@ -48,8 +62,8 @@ class MultipleChoice(Task):
             )
         lines = [f"{letter}. {option}" for letter, option in zip(self.letters, options, strict=True)]
         request = f"Choose one of {', '.join(self.letters[:-1])}, or {self.letters[-1]} only."
-        group = None if self.group is None else str(column(row, self.group, "group"))
-        return Example(id, "\n".join([question, *lines, request, "Answer:"]), self._gold(answer, id), group)
+        group = None if self.group is None else str(column(row, self.group, "group", id))
+        return Example(id, "\n".join([str(question), *lines, request, "Answer:"]), self._gold(answer, id), group)
 
     def _gold(self, answer: int | str, id: str) -> str:
         text = str(answer).strip()

@@ -1,5 +1,6 @@
 """Any data with named columns: a prompt template and a reward on the response's text."""
 
+import re
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -38,20 +39,43 @@ class Generic(Task):
             raise UserError(
                 "give either data.task_args.answer (a column) or data.task_args.gold (one text for all rows)."
             )
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UserError(
+                f"data.task_args.max_new_tokens is {max_new_tokens!r}; it is a number of tokens, at least 1."
+            )
+        if reward == "regex" and gold is not None:
+            _check_pattern(gold)
+        self.fields = _fields(prompt)
         self.prompt, self.answer, self.gold, self.group = prompt, answer, gold, group
         self.score = TEXT_REWARDS[reward]
         self.max_new_tokens, self.first_words = max_new_tokens, first_words
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Fill the template with one row."""
-        fields = [name for _, name, _, _ in Formatter().parse(self.prompt) if name]
-        text = self.prompt.format(**{name: column(row, name, "prompt") for name in fields})
+        text = self.prompt.format(**{name: column(row, name, "prompt", id) for name in self.fields})
         if self.first_words is not None:
             text = " ".join(text.split()[: self.first_words])
-        gold = str(self.gold if self.answer is None else column(row, self.answer, "answer"))
-        group = None if self.group is None else str(column(row, self.group, "group"))
+        gold = str(self.gold if self.answer is None else column(row, self.answer, "answer", id))
+        group = None if self.group is None else str(column(row, self.group, "group", id))
         return Example(id, text, gold, group)
 
     def reward(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """The chosen reward of each response."""
         return [self.score(text, example.gold) for text, example in zip(texts, examples, strict=True)]
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"data.task_args.prompt is {template!r}, which is no template ({error}).") from error
+    if not all(name.isidentifier() for name in fields):
+        raise UserError(f"data.task_args.prompt is {template!r}; name a column between braces, as in {{question}}.")
+    return fields
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"data.task_args.gold is {pattern!r}, which is no regular expression ({error}).") from error

@@ -35,12 +35,19 @@ def make_task(name: str, options: dict[str, Any]) -> Task:
 
 def _imported(name: str) -> type[Task]:
     module, _, attribute = name.rpartition(".")
+    unknown = UserError(
+        f"data.task is {name!r}; choose one of {choices(TASKS)}, or give the import path of a Task of your own."
+    )
+    if not module:
+        raise unknown
     try:
-        cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        cls = None
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(
-            f"data.task is {name!r}; choose one of {choices(TASKS)}, or give the import path of a Task of your own."
-        )
+        cls = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if module.startswith(error.name or module):
+            raise unknown from error
+        raise UserError(f"data.task is {name!r}, whose module cannot be imported ({error}).") from error
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"data.task is {name!r}, whose module cannot be imported ({error}).") from error
+    if not (isinstance(cls, type) and issubclass(cls, Task)) or inspect.isabstract(cls):
+        raise unknown
     return cls

@@ -27,7 +27,7 @@ class Refusal(Task):
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one request."""
-        request, harmful = (column(row, name, option) for option, name in self.columns.items())
+        request, harmful = (column(row, name, option, id) for option, name in self.columns.items())
         if str(harmful).lower() not in TRUTH:
             raise UserError(
                 f"row {id} has {harmful!r} in the column {self.columns['harmful']!r}; it must be true or false."
