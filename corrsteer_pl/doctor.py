@@ -19,6 +19,7 @@ from corrsteer_pl.evaluation.report import percent
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.alignment import Alignment, judge_alignments
+from corrsteer_pl.models.branches import Run
 from corrsteer_pl.models.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
@@ -124,9 +125,9 @@ class _Watch(PoolReader):
         self.prompt_tokens = int(counted[0].sum())
         super().read_prompt(counted)
 
-    def read_step(self, counted: Tensor, text: Tensor) -> None:
-        self.steps.append(bool(counted[0]))
-        super().read_step(counted, text)
+    def read_step(self, counted: Tensor, text: Tensor, samples: Tensor) -> None:
+        self.steps.append(bool(counted[samples == 0].any()))
+        super().read_step(counted, text, samples)
 
 
 def _positions(module: CorrSteer, batch: Batch, watch: _Watch) -> Table:
@@ -195,9 +196,9 @@ class _Observed:
         for group in self.variants.groups(size):
             yield _Observed(group, self.site, self.note)
 
-    def attached(self, model: Any, branches: bool = False) -> ExitStack:
+    def attached(self, model: Any, run: Run | None = None) -> ExitStack:
         stack = ExitStack()
-        stack.enter_context(self.variants.attached(model))
+        stack.enter_context(self.variants.attached(model, run))
         stack.callback(self.site.hook(model, self.note).remove)
         return stack
 

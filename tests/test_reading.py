@@ -31,10 +31,13 @@ def naive_pools(llm, sae, prompt, generated, kind):
 
 
 @pytest.mark.parametrize("kind", ["max", "mean", "all"])
-def test_pools_equal_a_naive_loop(llm, tmp_path, kind):
+@pytest.mark.parametrize("ends", [1, 8])
+def test_pools_equal_a_naive_loop(llm, tmp_path, kind, ends):
     saes = load_saes(str(random_saes(tmp_path, [0, 2])), llm)
     prompts = [llm.token_ids(text) for text in TEXTS]
     reader, decoder = PoolReader(saes, [kind]), Decoder(llm, NEW)
+    # With one token in eight for an end, samples end at different steps, and leave.
+    decoder.end = decoder.end if ends == 1 else torch.arange(0, llm.config.vocab_size, ends)
     batch = batch_of(llm, prompts)
     decoder.generate(batch, reader)
     tokens = decoder._decode(*decoder._prefill(batch))

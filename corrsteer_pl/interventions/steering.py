@@ -1,6 +1,6 @@
 """Adding constant vectors to the residual stream, token position by token position."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.models.branches import Run
 from corrsteer_pl.models.sites import Site
 
 POSITIONS = ("generated", "all", "prompt_last", "first_k")
@@ -134,34 +135,29 @@ class SteeringVectors:
             yield type(self)(filled, self.schedule, size)
 
     @contextmanager
-    def attached(self, model: nn.Module, branches: bool = False) -> Iterator[None]:
+    def attached(self, model: nn.Module, run: Run | None = None) -> Iterator[None]:
         """Steer ``model`` within the context.
 
         Args:
             model: The language model.
-            branches: Variants are the tokens of a chunk, one each, and every chunk is a decoding step; otherwise they
-                are rows of the batch.
+            run: Generations, each under the variant of its place; then every chunk is a decoding step. None if
+                variants stand side by side in the rows of a batch.
         """
-        clock = _Steps() if branches else _Clock()
+        clock = _Steps() if run else _Clock()
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(clock.tick, with_kwargs=True).remove)
             for site, vector in self.vectors.items():
-                add = self._add_to_branches if branches else self._add
-                stack.callback(site.hook(model, partial(add, clock, _placed(vector, branches))).remove)
+                stack.callback(site.hook(model, partial(self._add, clock, _Placed(vector, run))).remove)
             yield
 
-    def _add_to_branches(self, clock: "_Clock", placed: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | None:
-        weight = self.schedule.weight(clock.step)
-        return None if weight == 0 else hidden + placed(hidden) * weight
-
-    def _add(self, clock: "_Clock", placed: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor | None:
+    def _add(self, clock: "_Clock", placed: "_Placed", hidden: Tensor) -> Tensor | None:
         weight = self.schedule.weight(clock.step)
         if weight == 0:
             return None
-        vector = placed(hidden) * weight
-        if hidden.shape[1] == 1 or self.schedule.changes_prompt:
-            return hidden + vector
-        return torch.cat([hidden[:, :-1], hidden[:, -1:] + vector], dim=1)
+        vector = placed(hidden)
+        if placed.run or hidden.shape[1] == 1 or self.schedule.changes_prompt:
+            return torch.add(hidden, vector, alpha=weight)
+        return torch.cat([hidden[:, :-1], torch.add(hidden[:, -1:], vector, alpha=weight)], dim=1)
 
 
 class _Clock:
@@ -185,16 +181,21 @@ class _Steps(_Clock):
         self.step += 1
 
 
-def _placed(vector: Tensor, branches: bool) -> Callable[[Tensor], Tensor]:
-    """A function from a residual to the vector in its shape, dtype and device, moved there once."""
-    moved: dict[tuple, Tensor] = {}
+class _Placed:
+    """The vectors of a site, ``(rows or 1, places, d_model)``, gathered again only when places have changed."""
 
-    def place(hidden: Tensor) -> Tensor:
-        key = (hidden.shape[0], hidden.dtype, hidden.device)
-        if key not in moved:
-            variants = vector.to(hidden.device, hidden.dtype).reshape(-1, vector.shape[-1])  # (K, d_model)
-            rows = variants.repeat(hidden.shape[0] // len(variants), 1) if not branches else variants
-            moved[key] = rows.unsqueeze(0) if branches else rows.unsqueeze(1)  # (1, K, d_model), (B * K, 1, d_model)
-        return moved[key]
+    def __init__(self, vectors: Tensor, run: Run | None) -> None:
+        self.vectors, self.run = vectors.reshape(-1, vectors.shape[-1]), run  # (K, d_model)
+        self._variant: Tensor | None = None
+        self._like: tuple = ()
+        self._placed = vectors
 
-    return place
+    def __call__(self, hidden: Tensor) -> Tensor:
+        variant, like = self.run.variant if self.run else None, (hidden.shape[0], hidden.dtype, hidden.device)
+        if variant is not self._variant or like != self._like:
+            self._variant, self._like = variant, like
+            self.vectors = self.vectors.to(hidden.device, hidden.dtype)
+            if variant is None:
+                variant = (torch.arange(hidden.shape[0]) % len(self.vectors)).unsqueeze(1)
+            self._placed = self.vectors[variant.to(hidden.device)]
+        return self._placed

@@ -1,59 +1,91 @@
-"""Variants of a generation as branches of one sequence: a prompt's keys and values are shared, never copied.
+"""Generations that go on together: as branches of one sequence per prompt, or as rows of a batch.
 
-In a forward pass every prompt stands once, with one new token per branch. A mask lets each branch see the prompt
-and its own tokens alone, so a branch costs its new tokens and no memory for its prompt.
+In a forward pass over branches every prompt stands once, with one new token per branch. A mask lets each branch see
+the prompt and its own tokens alone, so a branch costs its new tokens and no memory for its prompt.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from corrsteer_pl.models.cache import FullCache, picked
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
 
+class Run(Protocol):
+    """Generations that go on together, each at its place in a chunk of tokens.
+
+    Attributes:
+        variant: Which variant stands at each place, ``(rows or 1, places of a row)``.
+    """
+
+    variant: Tensor
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Read one more token at every place, ``(rows, places)``; the logits ``(..., vocabulary)`` after it."""
+
+    def keep(self, running: Tensor) -> Tensor:
+        """Go on with the generations that are ``running (rows, places)``, in fewer places.
+
+        Returns:
+            Where those that stand at the new places stood before, counted along rows and then places.
+        """
+
+
 class Branches:
-    """The cache and the masks of K branches of every prompt.
+    """K branches of every prompt; a place is a branch.
 
     Args:
         llm: The model.
-        cache: Keys and values of every prompt token but the last, in a :class:`FullCache`.
+        cache: Keys and values of every prompt token but the last; what other branches added to it is forgotten.
         attention_mask: ``(batch, prompt)``, 0 on padding.
         count: Number of branches K.
     """
 
-    def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, count: int) -> None:
-        self.llm, self.count = llm, count
-        self.cache = _shared(cache)
-        self.seen = attention_mask[:, :-1].bool()  # (B, P - 1)
+    def __init__(self, llm: LanguageModel, cache: FullCache, attention_mask: Tensor, count: int) -> None:
+        self.llm, self.cache = llm, cache
+        cache.rewind(attention_mask.shape[1] - 1)
+        self.visible = attention_mask[:, None, :-1].bool().expand(-1, count, -1)  # of every key, (B, K, P - 1)
         positions = positions_of(attention_mask)
         self.positions = positions[:, :-1]  # of every key, (B, P - 1) and K more at each step
         self.next = positions[:, -1:]  # (B, 1)
-        self.steps = 0
+        self.variant = torch.arange(count, device=positions.device).unsqueeze(0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token of every branch, ``(batch, K)``; the logits ``(batch, K, vocabulary)`` after it."""
-        batch = len(tokens)
-        self.steps += 1
-        positions = self.next.expand(batch, self.count)
+        batch, count = tokens.shape
+        positions = self.next.expand(batch, count)
+        own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        self.visible = torch.cat([self.visible, own], dim=-1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        own = torch.eye(self.count, dtype=torch.bool, device=tokens.device).repeat(1, self.steps)  # (K, K * steps)
-        prompt = self.seen.unsqueeze(1).expand(-1, self.count, -1)
-        visible = torch.cat([prompt, own.expand(batch, -1, -1)], dim=-1)  # (B, K, keys)
-        logits = self.llm.forward(tokens, self._mask(visible), positions, self.cache, keep=self.count)
+        logits = self.llm.forward(tokens, self._mask(), positions, self.cache, keep=count)
         self.next = self.next + 1
         return logits
 
-    def _mask(self, visible: Tensor) -> Any:
+    def keep(self, running: Tensor) -> Tensor:
+        """Go on with the samples and the branches that are running; a sample with few fills up with ended ones."""
+        rows = running.any(1).nonzero()[:, 0]
+        running, count = running[rows], running.shape[1]
+        # Those that run come first, in their order.
+        places = running.int().argsort(dim=1, descending=True, stable=True)[:, : int(running.sum(1).max())]
+        keys = self.visible.shape[-1]
+        self.cache = picked(self.cache, rows)  # type: ignore[assignment]
+        self.visible = self.visible[rows].gather(1, places.unsqueeze(-1).expand(-1, -1, keys))
+        self.variant = self.variant.expand(len(self.positions), -1)[rows].gather(1, places)
+        self.positions, self.next = self.positions[rows], self.next[rows]
+        return rows.unsqueeze(1) * count + places
+
+    def _mask(self) -> Any:
         """As the model takes it: one for all layers, or one for each kind of layer."""
         config = self.llm.config
         window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-        full = self._additive(visible)
+        full = self._additive(self.visible)
         if window is None or kinds == {"full_attention"}:
             return full
         near = self.next.unsqueeze(-1) - self.positions.unsqueeze(1) < window  # (B, 1, keys)
-        sliding = self._additive(visible & near)
+        sliding = self._additive(self.visible & near)
         return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
     def _additive(self, visible: Tensor) -> Tensor:
@@ -63,32 +95,31 @@ class Branches:
 
 
 class Rows:
-    """The cache and the mask of generations that are rows of a batch, one new token each.
+    """Generations that are rows of a batch; a row has one place.
 
     Args:
         llm: The model.
-        cache: Keys and values of every prompt token but the last.
-        attention_mask: ``(batch, prompt)``, 0 on padding.
+        cache: Keys and values of every prompt token but the last, which is written to.
+        attention_mask: ``(rows, prompt)``, 0 on padding.
+        variants: How many rows there are of each prompt, side by side.
     """
 
-    def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor) -> None:
+    def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, variants: int = 1) -> None:
         self.llm, self.cache, self.mask = llm, cache, attention_mask
+        self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Read one more token of every row, ``(batch, 1)``; the logits ``(batch, 1, vocabulary)`` after it."""
+        """Read one more token of every row, ``(rows, 1)``; the logits ``(rows, 1, vocabulary)`` after it."""
         logits = self.llm.forward(tokens, self.mask, positions_of(self.mask)[:, -1:], self.cache)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
 
-
-class FullCache(DynamicCache):
-    """A cache that keeps every token, also in layers with a sliding window, which the masks see to."""
-
-
-def _shared(cache: DynamicCache) -> DynamicCache:
-    """A cache that begins with the keys and values of another, without copying them."""
-    layers: Any = cache.layers
-    return DynamicCache([(layer.keys, layer.values) for layer in layers])
+    def keep(self, running: Tensor) -> Tensor:
+        """Go on with the rows that are running."""
+        rows = running[:, 0].nonzero()[:, 0]
+        self.cache = picked(self.cache, rows)
+        self.mask, self.variant = self.mask[rows], self.variant[rows]
+        return rows.unsqueeze(1)
 
 
 def branches_agree(llm: LanguageModel, prompts: Tensor) -> bool:

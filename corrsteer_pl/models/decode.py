@@ -1,6 +1,5 @@
 """Greedy decoding: every prompt is read once, and all variants decode from its cache."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from corrsteer_pl.models.branches import Branches, FullCache, Rows, branches_agree
+from corrsteer_pl.models.branches import Branches, Rows, Run, branches_agree
+from corrsteer_pl.models.cache import ROOM, FullCache, picked
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.prefix import SharedPrefix
@@ -19,6 +19,13 @@ from corrsteer_pl.models.prefix import SharedPrefix
 BUDGET = 2**30
 # Tokens of a forward pass on a CPU; more of them take longer each, for their activations leave the caches.
 CPU_TOKENS = 2700
+# Tokens that the branches of a prompt may come to.
+BRANCH_TOKENS = 1024
+# Decoding steps between two looks at which generations have ended: a look waits for an accelerator, not for a CPU.
+LOOK_EVERY = {"cpu": 1}
+SELDOM = 8
+# Places are given up when no more than this share of them is still needed.
+NEEDED = 0.75
 
 
 class Prompts(Protocol):
@@ -38,8 +45,8 @@ class Intervention(Protocol):
     def __len__(self) -> int:
         """Number of variants."""
 
-    def attached(self, model: nn.Module, branches: bool = False) -> AbstractContextManager:
-        """Apply all variants within the context, to rows of the batch or to the tokens of a chunk."""
+    def attached(self, model: nn.Module, run: Run | None = None) -> AbstractContextManager:
+        """Apply the variants within the context, at the places of ``run``, or side by side in rows of the batch."""
 
     def groups(self, size: int) -> Iterator[Self]:
         """The variants in groups of exactly ``size``, the last filled up with the unchanged model."""
@@ -119,12 +126,32 @@ class Decoder:
 
     def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
         shared = not variants.changes_prompt
-        laid, cache = self._prefill(prompts, keep_all=branches) if shared else (prompts, None)
+        branches = branches and shared
+        size = self.together(prompts, len(variants), branches)
+        laid, cache = self._prefill(prompts, keep_all=branches, branches=size) if shared else (prompts, None)
+        # In low precision equal variants stay equal only in forward passes of equal shape.
+        drop = size >= len(variants) or self.llm.model.dtype == torch.float32
         texts: list[list[str]] = []
-        for group in variants.groups(self.together(prompts, len(variants), branches and shared)):
-            under = self._in_branches if branches and shared else self._in_rows
-            texts += under(group, laid, cache)
+        for group in variants.groups(size):
+            run, tokens = self._in_branches(laid, cache, size) if branches else self._in_rows(group, laid, cache)
+            with group.attached(self.llm.model, run):
+                found = self._until_the_end(run, tokens, drop=drop)
+            flat = self.llm.decode(found.ids, found.lengths)
+            texts += [flat[variant::size] for variant in range(size)]
         return texts[: len(variants)]
+
+    def _in_branches(self, prompts: Prompts, cache: Any, count: int) -> tuple[Run, Tensor]:
+        return Branches(self.llm, cache, prompts.attention_mask, count), prompts.input_ids[:, -1:].expand(-1, count)
+
+    def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> tuple[Run, Tensor]:
+        count, repeated = len(group), _repeated(prompts, len(group))
+        if cache is None:
+            with group.attached(self.llm.model):
+                own = self._read_under(repeated)
+        else:
+            samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
+            own = picked(cache, samples.repeat_interleave(count))
+        return Rows(self.llm, own, repeated.attention_mask, count), repeated.input_ids[:, -1:]
 
     def _can_branch(self, prompts: Prompts) -> bool:
         if self.llm.model.dtype != torch.float32 or prompts.input_ids.shape[1] < 3:
@@ -142,11 +169,11 @@ class Decoder:
         """How many variants the memory budget allows."""
         rows, tokens = prompts.input_ids.shape
         config, size = self.llm.config, self.llm.model.dtype.itemsize
-        if branches:
-            each = rows * (config.vocab_size + 8 * config.hidden_size) * 4
-        else:
-            each = rows * (tokens + self.max_new_tokens) * self.llm.cache_size_per_token * size
-        return max(1, BUDGET // each)
+        held = self.max_new_tokens if branches else tokens + self.max_new_tokens
+        each = rows * (held * self.llm.cache_size_per_token + config.vocab_size + 8 * config.hidden_size) * size
+        most = BUDGET // each
+        # Every branch attends to the tokens of all branches, only to leave them out.
+        return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
 
     @torch.no_grad()
     def read(self, prompts: Prompts, reader: PoolReader, variants: Intervention | None = None) -> None:
@@ -159,67 +186,52 @@ class Decoder:
             self.llm.forward(ids, mask, positions_of(mask))
             reader.read_text(mask.bool() & self.llm.is_text(ids))
 
-    def _in_branches(self, group: Intervention, prompts: Prompts, cache: Any) -> list[list[str]]:
-        branches = Branches(self.llm, cache, prompts.attention_mask, len(group))
-        with group.attached(self.llm.model, branches=True):
-            found = self._until_the_end(branches, prompts.input_ids[:, -1:].expand(-1, len(group)))
-        return [
-            self.llm.decode(found.ids[:, variant], found.lengths[:, variant]) for variant in range(len(group))
-        ]  # ids (B, K, steps)
-
-    def _until_the_end(self, run: Rows | Branches, tokens: Tensor, reader: PoolReader | None = None) -> Tokens:
-        """Choose tokens until every generation has ended, or is long enough; ids ``(B, K, steps)``.
+    def _until_the_end(self, run: Run, tokens: Tensor, reader: PoolReader | None = None, drop: bool = True) -> Tokens:
+        """Choose tokens until every generation has ended, or is long enough.
 
         Args:
             run: What reads one more token of every generation.
-            tokens: The last of each prompt, ``(B, K)``, K being 1 in rows.
+            tokens: The last of each prompt at every place, ``(rows, places)``.
             reader: Takes in every step, in rows.
+            drop: Whether generations that have ended may leave the forward passes, which changes their shape.
         """
-        steps: list[Tensor] = []
+        place = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)  # which generation stands where
+        ids = tokens.new_zeros(tokens.numel(), self.max_new_tokens)
+        lengths = tokens.new_zeros(tokens.numel())
         running = torch.ones_like(tokens, dtype=torch.bool)
-        lengths = torch.zeros_like(tokens)
-        while True:
-            chosen = self._choose(run.forward(tokens))  # (B, K)
+        for step in range(self.max_new_tokens):
+            chosen = self._choose(run.forward(tokens))  # (rows, places)
             running = running & ~torch.isin(chosen, self.end)
             if reader:
                 text = self.llm.is_text(tokens)
                 # The first step reads the last prompt token, which is text whatever follows.
-                reader.read_step((running & text)[:, 0], (running & text if steps else text)[:, 0])
-            steps.append(chosen)
-            lengths += running
-            if len(steps) == self.max_new_tokens or not running.any():
-                return Tokens(torch.stack(steps, dim=-1), lengths)
+                reader.read_step((running & text)[:, 0], (running & text if step else text)[:, 0], place[:, 0])
+            ids[place, step] = chosen
+            lengths[place] += running
             tokens = chosen
-
-    def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> list[list[str]]:
-        copies = len(group)
-        repeated = _repeated(prompts, copies)
-        if cache is None:
-            with group.attached(self.llm.model):
-                own = self._read_under(repeated)
-        else:
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(copies)
-        with group.attached(self.llm.model):
-            tokens = self._decode(repeated, own)
-        texts = self.llm.decode(tokens.ids, tokens.lengths)
-        return [texts[variant::copies] for variant in range(copies)]
+            if (step + 1) % LOOK_EVERY.get(tokens.device.type, SELDOM) == 0:
+                left = int(running.sum())
+                if left == 0:
+                    break
+                if drop and left <= NEEDED * running.numel():
+                    order = run.keep(running)
+                    tokens, place, running = (at.flatten()[order] for at in (tokens, place, running))
+        return Tokens(ids[:, : step + 1], lengths)
 
     def _prefill(
-        self, prompts: Prompts, reader: PoolReader | None = None, keep_all: bool = False
+        self, prompts: Prompts, reader: PoolReader | None = None, keep_all: bool = False, branches: int = 1
     ) -> tuple[Prompts, DynamicCache]:
         """Read every prompt token but the last.
 
         Returns:
             The prompts, their padding perhaps elsewhere, and the cache, which in layers with a sliding window forgets
-            what no later token sees, unless ``keep_all``.
+            what no later token sees, unless ``keep_all``; there is room for a while of ``branches``.
         """
-        ids, mask, cache = prompts.input_ids, prompts.attention_mask, self._empty_cache(prompts, keep_all)
-        shared = None
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        cache = self._empty_cache(prompts, keep_all, room=branches * min(self.max_new_tokens, ROOM))
         # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
-        if self._fits_window(prompts) and isinstance(cache, FullCache) and not (reader and reader.reads_prompt):
-            mask, shared = self._prefix.lay(ids, mask)
-        cache = shared or cache
+        if isinstance(cache, FullCache) and self._fits_window(prompts) and not (reader and reader.reads_prompt):
+            mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         if start < last:
             positions = positions_of(mask)
@@ -230,22 +242,22 @@ class Decoder:
 
     def _read_under(self, prompts: Prompts) -> DynamicCache:
         """Read every prompt token but the last while something changes what is read."""
-        cache = self._empty_cache(prompts, keep_all=False)
+        cache = self._empty_cache(prompts)
         ids, mask = prompts.input_ids[:, :-1], prompts.attention_mask[:, :-1]
         if ids.shape[1]:
             self.llm.forward(ids, mask, positions_of(mask), cache)
         return cache
 
-    def _read_prefix(self, ids: Tensor) -> DynamicCache:
+    def _read_prefix(self, ids: Tensor) -> FullCache:
         cache, mask = FullCache(), torch.ones_like(ids)
         self.llm.forward(ids, mask, positions_of(mask), cache)
         return cache
 
-    def _empty_cache(self, prompts: Prompts, keep_all: bool) -> DynamicCache:
+    def _empty_cache(self, prompts: Prompts, keep_all: bool = False, room: int = ROOM) -> DynamicCache:
         config = self.llm.config
         ordinary = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
         keep_all = keep_all or (ordinary and self._fits_window(prompts))
-        return FullCache() if keep_all else DynamicCache(config=config)
+        return FullCache(room) if keep_all else DynamicCache(config=config)
 
     def _fits_window(self, prompts: Prompts) -> bool:
         window = getattr(self.llm.config, "sliding_window", None)
@@ -253,8 +265,7 @@ class Decoder:
 
     def _decode(self, prompts: Prompts, cache: Any, reader: PoolReader | None = None) -> Tokens:
         rows = Rows(self.llm, cache, prompts.attention_mask)
-        found = self._until_the_end(rows, prompts.input_ids[:, -1:], reader)
-        return Tokens(found.ids[:, 0], found.lengths[:, 0])
+        return self._until_the_end(rows, prompts.input_ids[:, -1:], reader)
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.allowed is None:

@@ -59,14 +59,15 @@ class PoolReader:
                     for kind in self.pools[layer].keys() & set(kinds):
                         self.pools[layer][kind].update(activations[:, position], column)
 
-    def read_step(self, counted: Tensor, text: Tensor) -> None:
+    def read_step(self, counted: Tensor, text: Tensor, samples: Tensor) -> None:
         """Take in the last position of the last forward pass.
 
         Shape:
-            - counted: ``(batch,)`` bool, for the pools of generated tokens.
-            - text: ``(batch,)`` bool, for the pool of all tokens.
+            - counted: ``(rows,)`` bool, for the pools of generated tokens.
+            - text: ``(rows,)`` bool, for the pool of all tokens.
+            - samples: ``(rows,)``, which sample of the batch a row is, in ascending order; all of them at first.
         """
         for layer, residual in self._residuals.items():
-            activations = self.saes[layer].encode(residual[:, -1])  # (B, d_sae)
+            activations = self.saes[layer].encode(residual[:, -1])  # (rows, d_sae)
             for kind, pool in self.pools[layer].items():
-                pool.update(activations, text if kind == "all" else counted)
+                pool.update(activations, text if kind == "all" else counted, samples)

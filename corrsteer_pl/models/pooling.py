@@ -26,22 +26,24 @@ class Pool:
         self._running: Tensor | None = None
         self._tokens = torch.zeros(())
 
-    def update(self, activations: Tensor, counted: Tensor) -> None:
-        """Take in one token of every sample.
+    def update(self, activations: Tensor, counted: Tensor, samples: Tensor | None = None) -> None:
+        """Take in one token of every sample, or of some.
 
         Shape:
-            - activations: ``(batch, d_sae)``, not negative.
-            - counted: ``(batch,)`` bool; False leaves the sample as it is.
+            - activations: ``(rows, d_sae)``, not negative.
+            - counted: ``(rows,)`` bool; False leaves the sample as it is.
+            - samples: ``(rows,)``, which samples they are; None for all. At first they are all.
         """
         activations = activations * counted.unsqueeze(-1)
         if self._running is None:
             self._running = torch.zeros_like(activations)
             self._tokens = torch.zeros_like(activations[:, :1])
+        where = slice(None) if samples is None or len(samples) == len(self._running) else samples
         if self.kind == "mean":
-            self._running += activations
-            self._tokens += counted.unsqueeze(-1)
+            self._running[where] += activations
+            self._tokens[where] += counted.unsqueeze(-1)
         else:
-            torch.maximum(self._running, activations, out=self._running)
+            self._running[where] = torch.maximum(self._running[where], activations)
 
     @property
     def value(self) -> Tensor:

@@ -1,11 +1,11 @@
 """Tokens that all prompts begin with, few-shot examples for instance, are read once per run."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from corrsteer_pl.models.cache import FullCache
 
 # A shorter prefix is not worth the bookkeeping.
 SHORTEST = 16
@@ -18,13 +18,13 @@ class SharedPrefix:
         read: Makes the cache of tokens ``(1, n)``.
     """
 
-    def __init__(self, read: Callable[[Tensor], DynamicCache]) -> None:
+    def __init__(self, read: Callable[[Tensor], FullCache]) -> None:
         self._read = read
         self._tokens: list[int] = []
-        self._cache: DynamicCache | None = None
+        self._cache: FullCache | None = None
 
-    def lay(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache | None]:
-        """Put the prefix before all of a batch.
+    def lay(self, ids: Tensor, mask: Tensor, cache: FullCache) -> Tensor:
+        """Put the prefix before all of a batch, and its keys and values into an empty cache.
 
         Padding moves from the left to behind the prefix, in the mask alone: at those places the prefix's own last
         tokens stand, unseen.
@@ -33,23 +33,21 @@ class SharedPrefix:
             - ids, mask: ``(batch, longest)``, padded on the left.
 
         Returns:
-            The new mask ``(batch, longest)``, and the cache of the prefix for the whole batch; the mask as it was and
-            None if the prompts share too little.
+            The new mask ``(batch, longest)``; the mask as it was, and the cache left empty, if the prompts share too
+            little.
         """
         length = self._shared_length(ids, mask)
         if length < SHORTEST:
-            return mask, None
+            return mask
         if self._cache is None:
             self._tokens = self._tokens[:length]
             self._cache = self._read(torch.tensor([self._tokens], device=ids.device))
         pads = mask.shape[1] - mask.sum(1, keepdim=True)  # (B, 1)
         places = torch.arange(mask.shape[1], device=mask.device)
         laid = ((places < length) | (places >= length + pads)).to(mask.dtype)
-        layers: Any = self._cache.layers
-        pairs = [
-            tuple(t[:, :, :length].expand(len(ids), -1, -1, -1) for t in (layer.keys, layer.values)) for layer in layers
-        ]
-        return laid, DynamicCache(pairs)
+        shared = ((keys[:, :, :length], values[:, :, :length]) for keys, values in self._cache.pairs)
+        cache.fill((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in shared)
+        return laid
 
     def _shared_length(self, ids: Tensor, mask: Tensor) -> int:
         prompts: list[Sequence[int]] = [

@@ -12,7 +12,7 @@ from corrsteer_pl.errors import UserError, choices
 
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 # How decoder blocks call the parts that write to the residual stream, and the norm, if any, between a part and it.
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 ATTENTION_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORM = ("post_mlp_layernorm", "post_feedforward_layernorm")

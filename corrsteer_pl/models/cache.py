@@ -1,0 +1,81 @@
+"""Keys and values of what was read, written where there is room instead of copied at every step."""
+
+import copy
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Tokens for which a cache has room when it begins, unless told otherwise.
+ROOM = 32
+
+
+class FullCache(DynamicCache):
+    """A cache that keeps every token, also in layers with a sliding window, which the masks see to.
+
+    A step of decoding costs its own keys and values, where transformers' cache copies all of them at each step.
+
+    Args:
+        room: Tokens for which there is room behind the first ones.
+    """
+
+    def __init__(self, room: int = ROOM) -> None:
+        super().__init__()
+        self.room = room
+        self.layer_class_to_replicate = partial(_RoomyLayer, room)  # type: ignore[assignment]
+
+    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> "FullCache":
+        """Append a copy of keys and values of each layer, ``(batch, heads, tokens, head_dim)``; returns itself."""
+        for layer, (keys, values) in enumerate(pairs):
+            self.update(keys, values, layer)
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values."""
+        layers: Any = self.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        layers: Any = self.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+class _RoomyLayer(DynamicLayer):
+    """One layer's keys and values, which are the beginnings of larger tensors."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._spaces: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
+        return self.keys, self.values
+
+    def _longer(self, name: str, new: Tensor) -> Tensor:
+        held, space = getattr(self, name), self._spaces.get(name)
+        length, end = held.shape[2], held.shape[2] + new.shape[2]
+        if space is None or space.shape[2] < end or held.data_ptr() != space.data_ptr():
+            space = new.new_empty(*new.shape[:2], end + max(self._room, length // 4), new.shape[3])
+            space[:, :, :length] = held
+            self._spaces[name] = space
+        space[:, :, length:end] = new
+        return space[:, :, :end]
+
+
+def picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Rows of a cache, in any number and order; the cache itself stays as it is."""
+    if isinstance(cache, FullCache):
+        return FullCache(cache.room).fill((keys[rows], values[rows]) for keys, values in cache.pairs)
+    own = copy.deepcopy(cache)
+    own.reorder_cache(rows)  # type: ignore[arg-type]
+    return own
