@@ -20,6 +20,24 @@ def activations():
     return torch.relu(torch.randn(500, 40, generator=generator, dtype=torch.float64) + 0.3)
 
 
+def test_every_sum_equals_numpy_whatever_is_added_at_a_time(activations, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    y, w = torch.rand(500, generator=generator).double() - 0.3, (torch.rand(500, generator=generator) < 0.9).double()
+    y = y.clamp(min=0)
+    x, rewards, weights = activations.numpy(), y.numpy(), w.numpy()
+    right = weights * (rewards > 0)
+    expected = {
+        "n": weights.sum(), "y": weights @ rewards, "yy": weights @ rewards**2, "n_right": right.sum(),
+        "x": weights @ x, "xx": weights @ x**2, "xy": (weights * rewards) @ x, "xxy": (weights * rewards) @ x**2,
+        "x_right": right @ x, "active_right": right @ (x > 0), "active_wrong": (weights - right) @ (x > 0),
+    }  # fmt: skip
+    for chunk, batch_size in ((4096, 64), (7, 13), (40, 500), (1, 100)):
+        monkeypatch.setattr("corrsteer_pl.stats.moments.CHUNK", chunk)
+        found = filled(activations, y, w, batch_size)
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12, err_msg=name)
+
+
 def test_pearson_equals_scipy(activations):
     y = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = [stats.pearsonr(column, y).statistic for column in activations.T.numpy()]

@@ -20,7 +20,7 @@ BUDGET = 2**30
 # Tokens of a forward pass on a CPU; more of them take longer each, for their activations leave the caches.
 CPU_TOKENS = 2700
 # Tokens that the branches of a prompt may come to.
-BRANCH_TOKENS = 1024
+BRANCH_TOKENS = 2048
 # Decoding steps between two looks at which generations have ended: a look waits for an accelerator, not for a CPU.
 LOOK_EVERY = {"cpu": 1}
 SELDOM = 8

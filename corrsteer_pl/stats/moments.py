@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 SCALARS = ("n", "y", "yy", "n_right")
 VECTORS = ("x", "xx", "xy", "xxy", "x_right", "active_right", "active_wrong")
+# Features at a time, so that a batch of them in float64 stays in a processor's caches and memory is read once.
+CHUNK = 4096
 
 
 class Moments(nn.Module):
@@ -62,22 +64,20 @@ class Moments(nn.Module):
     def update(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add one batch of samples to the sums."""
         device = self.n.device
-        x = x.to(device, torch.float64)  # (B, F)
         y = y.to(device, torch.float64)  # (B,)
         w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
         right = w * (y > 0)
-        self.n += w.sum()
-        self.y += w @ y
-        self.yy += w @ (y * y)
-        self.n_right += right.sum()
-        squared, active = x * x, (x > 0).double()
-        self.x += w @ x
-        self.xx += w @ squared
-        self.xy += (w * y) @ x
-        self.xxy += (w * y) @ squared
-        self.x_right += right @ x
-        self.active_right += right @ active
-        self.active_wrong += (w - right) @ active
+        for name, total in zip(SCALARS, (w.sum(), w @ y, w @ (y * y), right.sum()), strict=True):
+            getattr(self, name).add_(total)
+        weights = torch.stack([w, w * y, right, w - right])  # (4, B)
+        for start in range(0, self.n_features, CHUNK):
+            part = slice(start, start + CHUNK)
+            some = x[:, part].to(device, torch.float64)  # (B, chunk)
+            sums, squares = weights[:3] @ some, weights[:2] @ some.square()
+            active = weights[2:] @ (some > 0).double()
+            vectors = (sums[0], squares[0], sums[1], squares[1], sums[2], *active)
+            for name, total in zip(VECTORS, vectors, strict=True):
+                getattr(self, name)[part] += total
 
     @torch.no_grad()
     def absorb(self, other: "Moments") -> None:
