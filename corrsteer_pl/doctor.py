@@ -235,16 +235,18 @@ def _memory(module: CorrSteer, batch: Batch) -> Table:
     """Bytes of what stays, and of the largest pass of a validation."""
     model, config = module.llm.model, module.llm.config
     per_token = module.llm.cache_size_per_token * model.dtype.itemsize
-    tokens = batch.input_ids.shape[1] + module.task.max_new_tokens
-    # In float32 variants share the prompt's keys and values.
-    variants = 1 if model.dtype == torch.float32 else 1 + module.decoder.together(batch, 1 + 2 * len(module.saes))
-    rows = len(batch.examples) * variants
+    prompt, new = batch.input_ids.shape[1], module.task.max_new_tokens
+    samples, branches = len(batch.examples), model.dtype == torch.float32
+    variants = module.decoder.together(batch, 1 + 2 * len(module.saes), branches)
+    # As branches, variants share the prompt's keys and values; rows have each their own, beside the ones they copy.
+    tokens = samples * (prompt + variants * new if branches else prompt + variants * (prompt + new))
+    weights = [p for sae in module.saes.values() for p in sae.sae.parameters() if p.device == sae.sae.device]
     parts = {
-        "language model": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "SAEs": sum(p.numel() * p.element_size() for sae in module.saes.values() for p in sae.sae.parameters()),
+        "language model": sum(p.nbytes for p in model.parameters()),
+        "SAEs": sum(p.nbytes for p in weights),
         "running sums": module.sums.size,
-        f"keys and values of {rows} rows of {tokens} tokens": rows * tokens * per_token,
-        f"logits of {rows} rows": rows * config.vocab_size * model.dtype.itemsize,
+        f"keys and values of {samples} prompts under {variants} variants": tokens * per_token,
+        f"logits of {samples * variants} tokens": samples * variants * config.vocab_size * model.dtype.itemsize,
     }
     facts = {name: _size(size) for name, size in parts.items()}
     facts["predicted in all"] = f"{_size(sum(parts.values()))}, and the activations of one block"

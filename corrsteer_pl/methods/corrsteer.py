@@ -66,6 +66,7 @@ class CorrSteer(PairedEvaluation):
             ``error``, ``warn``, or do not look, ``off`` (which YAML reads as false, unless it is quoted).
         dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``. The sums are float64 whatever it is.
         sae_dtype: The same for the SAEs.
+        sae_offload: Let SAEs rest in main memory and come to the GPU one by one while they are read, if not all fit.
         llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         variants_at_once: How many candidates of every prompt share a forward pass; None for as many as about a
@@ -109,6 +110,7 @@ class CorrSteer(PairedEvaluation):
         check_alignment: Literal["error", "warn", "off", False] = "error",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        sae_offload: bool = False,
         llm_args: dict | None = None,
         variants_at_once: int | None = None,
     ) -> None:
@@ -163,7 +165,8 @@ class CorrSteer(PairedEvaluation):
 
     def _load_saes(self, layers: list[int] | None = None) -> dict[int, SparseAutoencoder]:
         h = self.hparams
-        return load_saes(h["saes"], self.llm, layers or h["layers"], h["site"], h["sae_id"], h["sae_dtype"])
+        options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"]
+        return load_saes(h["saes"], self.llm, layers or h["layers"], *options)
 
     def on_train_start(self) -> None:
         """See on the first prompts whether the SAEs fit the model.

@@ -1,5 +1,6 @@
 """Greedy decoding: every prompt is read once, and all variants decode from its cache."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ class Decoder:
     ) -> None:
         self.llm = llm
         self.max_new_tokens = max_new_tokens
-        self.allowed = None if allowed is None else torch.tensor(sorted(allowed))
+        self.allowed = None if allowed is None else torch.tensor(sorted(allowed), device=llm.device)
         self.variants_at_once = variants_at_once
+        self._warned = False
         self._prefix = SharedPrefix(self._read_prefix)
         self.end = torch.tensor(llm.eos_token_ids, dtype=torch.long, device=llm.device)
 
@@ -114,6 +116,13 @@ class Decoder:
         Returns:
             ``texts[variant][sample]``.
         """
+        if variants.changes_prompt and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the prompt itself is changed, so each of {len(variants)} variants reads every prompt again; what "
+                "changes generated positions alone reads it once.",
+                stacklevel=2,
+            )
         branches = self._can_branch(prompts) if branches is None else branches
         parts = [self._compare(part, variants, branches) for part in self._parts(prompts, branches)]
         return [[text for part in parts for text in part[variant]] for variant in range(len(variants))]
@@ -270,8 +279,7 @@ class Decoder:
     def _choose(self, logits: Tensor) -> Tensor:
         if self.allowed is None:
             return logits.argmax(-1)
-        allowed = self.allowed.to(logits.device)
-        return allowed[logits[..., allowed].argmax(-1)]
+        return self.allowed[logits[..., self.allowed].argmax(-1)]
 
 
 @dataclass

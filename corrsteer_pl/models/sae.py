@@ -20,15 +20,20 @@ from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.llm import DTYPES, LanguageModel, fingerprint
+from corrsteer_pl.models.residency import at_hand, bring
 from corrsteer_pl.models.sites import KINDS, Site, decoder_blocks
 
 SITES = ("declared", *KINDS)
 LAYER = "{layer}"
+# Architectures that encode without a look at their decoder, unless they scale by its norms.
+ENCODE_ALONE = ("standard", "jumprelu", "gated", "topk")
 
 
 @dataclass
 class SparseAutoencoder:
     """An SAE and where it reads the model. Not a module, for the reasons of :class:`LanguageModel`.
+
+    It computes on ``sae.device``; what is not needed for encoding, and all of it if so wanted, rests in main memory.
 
     Attributes:
         site: The site that activations are read from and steering vectors are added to.
@@ -71,7 +76,8 @@ class SparseAutoencoder:
         feature contributes to the reconstruction, whether or not the SAE scales its input for every token.
         """
         inputs = self.inputs(residual)
-        activations = self._activations(inputs)
+        with at_hand(self.sae, self.sae.device, without=unneeded(self.sae)):
+            activations = self._activations(inputs)
         match self.sae.cfg.normalize_activations:
             case "layer_norm":
                 return activations * inputs.std(-1, keepdim=True)
@@ -82,8 +88,9 @@ class SparseAutoencoder:
 
     def reconstruct(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction ``(..., d_model)`` of residuals, and how many features are active ``(...)``."""
-        activations = self._activations(inputs := self.inputs(residual))
-        return self.sae.decode(activations).reshape(inputs.shape), (activations > 0).sum(-1)
+        with at_hand(self.sae, self.sae.device):
+            activations = self._activations(inputs := self.inputs(residual))
+            return self.sae.decode(activations).reshape(inputs.shape), (activations > 0).sum(-1)
 
     def _activations(self, inputs: Tensor) -> Tensor:
         activations = self.sae.encode(inputs)
@@ -94,6 +101,12 @@ class SparseAutoencoder:
         row = self.sae.W_dec[index].detach().float().cpu()
         # Some TopK autoencoders divide by the row's norm when they decode.
         return row / row.norm() if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False) else row
+
+
+def unneeded(sae: Any) -> tuple[str, ...]:
+    """Weights of a SAELens autoencoder that encoding can do without."""
+    alone = sae.cfg.architecture() in ENCODE_ALONE and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    return ("W_dec",) if alone else ()
 
 
 @dataclass
@@ -112,6 +125,7 @@ def load_saes(
     site: str = "declared",
     sae_id: str | None = None,
     dtype: str = "float32",
+    offload: bool = False,
 ) -> dict[int, SparseAutoencoder]:
     """Load the SAEs of the named layers, or of all layers that have one.
 
@@ -124,6 +138,7 @@ def load_saes(
         sae_id: Which SAEs of the source, if a layer has several: the id of one with ``{layer}`` in place of the layer,
             such as ``layer_{layer}/width_16k/canonical``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        offload: Let them rest in main memory, and come to the device one by one while they encode.
 
     Returns:
         The autoencoders by layer, in ascending order.
@@ -156,7 +171,7 @@ def load_saes(
             f"layer {missing[0]} has no SAE in {source} (it has layers {choices(sorted(found))}). "
             "Set model.layers to a subset of them."
         )
-    return {layer: _load(found[layer], layer, llm, site, DTYPES[dtype]) for layer in wanted}
+    return {layer: _load(found[layer], layer, llm, site, DTYPES[dtype], offload) for layer in wanted}
 
 
 def _in_folder(folder: Path, sae_id: str | None) -> dict[int, _Published]:
@@ -283,7 +298,9 @@ def _from_hub(release: str, id: str, device: str) -> Any:
     return sae
 
 
-def _load(published: _Published, layer: int, llm: LanguageModel, site: str, dtype: torch.dtype) -> SparseAutoencoder:
+def _load(
+    published: _Published, layer: int, llm: LanguageModel, site: str, dtype: torch.dtype, offload: bool
+) -> SparseAutoencoder:
     device = next(decoder_blocks(llm.model)[layer].parameters()).device
     # The weights of an offloaded block come to the model's device when they are needed.
     device = llm.device if device.type == "meta" else device
@@ -292,7 +309,7 @@ def _load(published: _Published, layer: int, llm: LanguageModel, site: str, dtyp
             # What it recommends for TransformerLens is done here, where it changes what an SAE reads.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             warnings.filterwarnings("error", message="norm_scaling_factor not found")
-            sae: Any = published.load(str(device))
+            sae: Any = published.load("cpu")
     except (*HUB_ERRORS, TypeError, UserWarning, SafetensorError) as error:
         raise UserError(
             f"the SAE {published.name} cannot be loaded ({reason(error)}). Set model.saes to others."
@@ -304,7 +321,10 @@ def _load(published: _Published, layer: int, llm: LanguageModel, site: str, dtyp
             "Set model.saes to autoencoders that were trained on this model."
         )
     at = declared if site == "declared" else Site(declared.layer, site)
-    sae = sae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    sae = sae.to(dtype=dtype).eval().requires_grad_(False)
+    sae.device, sae.cfg.device = device, str(device)
+    if not offload:
+        bring(sae, device, without=unneeded(sae))
     return SparseAutoencoder(at, sae, published.name, declared, published.expected)
 
 

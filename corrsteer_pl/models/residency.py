@@ -1,0 +1,34 @@
+"""Weights that rest in main memory, and come to their device only for as long as they are needed."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Moved = list[tuple[dict[str, Any], str, Tensor]]
+
+
+def bring(module: nn.Module, device: torch.device, without: Collection[str] = ()) -> Moved:
+    """Bring parameters and buffers to a device, except those named in ``without``; where each stood, and as what."""
+    tables: list[dict[str, Any]] = [
+        table for owner in module.modules() for table in (owner._parameters, owner._buffers)
+    ]
+    entries = [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
+    elsewhere = [entry for entry in entries if entry[2].device != device and entry[1] not in without]
+    for table, name, tensor in elsewhere:
+        moved = tensor.detach().to(device)
+        table[name] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    return elsewhere
+
+
+@contextmanager
+def at_hand(module: nn.Module, device: torch.device, without: Collection[str] = ()) -> Iterator[None]:
+    """Bring what rests elsewhere to a device for the length of the context, except what ``without`` names."""
+    rested = bring(module, device, without)
+    try:
+        yield
+    finally:
+        for table, name, tensor in rested:
+            table[name] = tensor
