@@ -10,10 +10,11 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import memory
+from benchmarks import memory, scaling
 from benchmarks.rows import Row, rows
 from corrsteer_pl.files import write_atomically, write_json
 
@@ -22,9 +23,12 @@ RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADER = "| work | against | ours, s | plain, s | ratio | wanted | same answers |\n|---|---|---|---|---|---|---|\n"
 MEMORY = (
-    "| samples | layers | features | peak, MiB | before the fit | more | predicted sums |\n"
-    "|---|---|---|---|---|---|---|\n"
+    "| samples | layers | features | peak, MiB | before the fit | more | predicted: sums | activations |\n"
+    "|---|---|---|---|---|---|---|---|\n"
 )
+SCALING = "| processes | threads each | fit, s | ratio | same candidates |\n|---|---|---|---|---|\n"
+# Options that say nothing of the sizes.
+ALONE = ("peak_of", "processes", "quick")
 QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 40, "tokens": 40, "repeats": 1}
 
 
@@ -41,6 +45,7 @@ def parse(args: list[str]) -> Namespace:
     parser.add_argument("--memory", type=int, nargs=2, default=[5000, 500], help="samples of the memory row")
     parser.add_argument("--quick", action="store_true", help="small sizes, for agreement and not for time")
     parser.add_argument("--peak_of", type=int, help="only print the peak memory of a fit on so many samples")
+    parser.add_argument("--processes", type=int, help="only time a fit as one of so many processes")
     options = parser.parse_args(args)
     if options.quick:
         vars(options).update(QUICK, memory=[400, 200])
@@ -56,7 +61,9 @@ def machine(options: Namespace) -> dict:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "sae-lens")},
-        "sizes": {name: value for name, value in vars(options).items() if name not in ("peak_of", "quick")},
+        "sizes": {
+            name: value for name, value in vars(options).items() if name not in ("peak_of", "processes", "quick")
+        },
     }
 
 
@@ -70,7 +77,14 @@ def memory_line(peak: dict[str, float]) -> str:
     """A row of the table of memory."""
     more = peak["peak"] - peak["before"]
     sizes = f"{peak['samples']:.0f} | {peak['layers']:.0f} | {peak['d_sae']:.0f}"
-    return f"| {sizes} | {peak['peak']:.0f} | {peak['before']:.0f} | {more:.0f} | {peak['sums']:.1f} |\n"
+    predicted = f"{peak['sums']:.1f} | {peak['activations']:.1f}"
+    return f"| {sizes} | {peak['peak']:.0f} | {peak['before']:.0f} | {more:.0f} | {predicted} |\n"
+
+
+def scaling_line(way: dict[str, Any]) -> str:
+    """A row of the table of processes."""
+    sizes = f"{way['processes']} | {way['threads']} | {way['seconds']:.2f} | {way['faster']:.2f}"
+    return f"| {sizes} | {'yes' if way['same'] else 'NO'} |\n"
 
 
 def write_readme(shown: str, about: dict) -> None:
@@ -89,23 +103,24 @@ def main(args: list[str]) -> int:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if options.peak_of:
-        sys.stdout.write(json.dumps(memory.peak_of(options)))
+    if options.peak_of or options.processes:
+        found = memory.peak_of(options) if options.peak_of else scaling.fit_in(options)
+        sys.stdout.write(json.dumps(found) + "\n")
         return 0
-    found, shown = [], HEADER
+    measured, shown = [], HEADER
     sys.stdout.write(HEADER)
     for row in rows(options):
-        found.append(row)
+        measured.append(row)
         shown += line(row)
         sys.stdout.write(line(row))
         sys.stdout.flush()
     if not options.quick:
-        peaks = list(memory.table(options))
-        shown += "\n" + MEMORY + "".join(map(memory_line, peaks))
-        about = machine(options)
-        write_json(RESULTS, {**about, "rows": [row.as_dict() for row in found], "memory": peaks})
+        peaks, ways = list(memory.table(options)), list(scaling.table(options))
+        shown += "\n" + MEMORY + "".join(map(memory_line, peaks)) + "\n" + SCALING + "".join(map(scaling_line, ways))
+        about, rows_found = machine(options), [row.as_dict() for row in measured]
+        write_json(RESULTS, {**about, "rows": rows_found, "memory": peaks, "scaling": ways})
         write_readme(shown, about)
-    return 0 if all(row.agree for row in found) else 1
+    return 0 if all(row.agree for row in measured) else 1
 
 
 if __name__ == "__main__":

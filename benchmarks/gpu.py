@@ -23,6 +23,7 @@ from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.residency import bring
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site
 
@@ -48,6 +49,8 @@ def _sae(layer: int, options: Namespace) -> SparseAutoencoder:
     sizes = {"d_in": options.width, "d_sae": options.d_sae, "device": options.device}
     sae = JumpReLUSAE(JumpReLUSAEConfig(**sizes, metadata=SAEMetadata(hook_name=str(site))))
     sae.threshold.data.fill_(1.0)
+    # As a fit leaves it: what encodes on the device, the decoder in main memory.
+    bring(sae, torch.device("cpu"), without=[name for name, _ in sae.named_parameters() if name != "W_dec"])
     return SparseAutoencoder(site, sae.eval().requires_grad_(False), str(site), site, {})
 
 

@@ -1,7 +1,6 @@
 """Peak memory of a fit against the number of samples, of layers and of features: predicted beside measured."""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.world import make_world
+from benchmarks.world import BATCH, fit, make_world
 from corrsteer_pl.methods.accumulate import Accumulator
 
 MIB = 2**20
@@ -19,23 +18,25 @@ MIB = 2**20
 
 def peak_of(options: Namespace) -> dict[str, float]:
     """Peak resident memory of a process that fits on ``options.peak_of`` samples, in MiB, and before it did."""
-    from benchmarks.rows import fit
-
     world = make_world(options.layers, options.width, options.d_sae, options.layers)
     widths = {layer: sae.d_sae for layer, sae in world.saes.items()}
-    before = _now()
+    # The peak from here on.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         fit(world, folder, world.prompts(options.peak_of, 16), world.prompts(32, 16))
     return {
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak": _status("VmHWM"),
         "before": before,
         "sums": Accumulator(widths, ["max"], torch.device("cpu")).size / MIB,
+        "activations": BATCH * (len(widths) + 4) * options.d_sae * 4 / MIB,
     }
 
 
-def _now() -> float:
+def _status(name: str) -> float:
+    """A figure of this process, in MiB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
+    return int(fields[name].split()[0]) / 1024
 
 
 def measured(options: Namespace, samples: int, **sizes: int) -> dict[str, float]:

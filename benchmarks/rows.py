@@ -7,22 +7,16 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from benchmarks import memory, plain
-from benchmarks.world import World, make_world
-from corrsteer_pl import CorrSteer, TaskDataModule
-from corrsteer_pl.files import write_jsonl
+from benchmarks.world import BATCH, World, fit, make_world
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
-
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -137,19 +131,6 @@ def _whole_fit(world: World, options: Namespace) -> Row:
 
     title = f"whole fit: {options.fit_prompts} + {options.prompts} prompts x {options.tokens} tokens, 14 candidates"
     return faster(title, "plain_reference", 5, options.repeats, ours, other)
-
-
-def fit(world: World, folder: str, fitted: Any, validated: Any) -> CorrSteer:
-    """A fit by Lightning, on a model and SAEs that are loaded already."""
-    for split, prompts in (("train", fitted), ("validation", validated)):
-        texts = [" ".join(map(str, ids)) for ids in prompts.input_ids.tolist()]
-        write_jsonl(Path(folder) / f"{split}.jsonl", [{"prompt": text} for text in texts])
-    module = CorrSteer("random", "random", check_alignment="off")
-    module.llm, module.saes = world.llm, world.saes
-    data = TaskDataModule("benchmarks.world.NumberTask", folder, train_size=10**6, batch_size=BATCH)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet).fit(module, datamodule=data)
-    return module
 
 
 def _fit_pass(world: World, options: Namespace) -> Row:

@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from corrsteer_pl import CorrSteer, TaskDataModule
+from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.tasks import Example, Task
 
 PAD, BOS, EOS = 0, 1, 2
+BATCH = 32
 
 
 class NumberTokenizer:
@@ -101,3 +106,16 @@ def _sae(layer: int, width: int, d_sae: int) -> SparseAutoencoder:
     sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=d_sae, metadata=SAEMetadata(hook_name=str(site))))
     sae.b_enc.data.fill_(-0.5)
     return SparseAutoencoder(site, sae.eval().requires_grad_(False), str(site), site, {})
+
+
+def fit(world: World, folder: str, fitted: Any, validated: Any, **trainer: Any) -> CorrSteer:
+    """A fit by Lightning, on a model and SAEs that are loaded already."""
+    for split, prompts in (("train", fitted), ("validation", validated)):
+        texts = [" ".join(map(str, ids)) for ids in prompts.input_ids.tolist()]
+        write_jsonl(Path(folder) / f"{split}.jsonl", [{"prompt": text} for text in texts])
+    module = CorrSteer("random", "random", check_alignment="off")
+    module.llm, module.saes = world.llm, world.saes
+    data = TaskDataModule("benchmarks.world.NumberTask", folder, train_size=10**6, batch_size=BATCH)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet, **trainer).fit(module, datamodule=data)
+    return module

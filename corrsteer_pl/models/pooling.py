@@ -34,16 +34,19 @@ class Pool:
             - counted: ``(rows,)`` bool; False leaves the sample as it is.
             - samples: ``(rows,)``, which samples they are; None for all. At first they are all.
         """
-        activations = activations * counted.unsqueeze(-1)
+        activations, tokens = activations * counted.unsqueeze(-1), counted.unsqueeze(-1).to(activations.dtype)
         if self._running is None:
-            self._running = torch.zeros_like(activations)
-            self._tokens = torch.zeros_like(activations[:, :1])
+            self._running, self._tokens = activations, tokens
+            return
         where = slice(None) if samples is None or len(samples) == len(self._running) else samples
+        running = self._running[where]  # all of it, or a copy of some
         if self.kind == "mean":
-            self._running[where] += activations
-            self._tokens[where] += counted.unsqueeze(-1)
+            running += activations
+            self._tokens[where] += tokens
         else:
-            self._running[where] = torch.maximum(self._running[where], activations)
+            torch.maximum(running, activations, out=running)
+        if running.shape != self._running.shape:
+            self._running[where] = running
 
     @property
     def value(self) -> Tensor:
