@@ -20,7 +20,7 @@ from transformers import (
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.decode import Decoder, budget
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site, decoder_blocks, name_blocks
 
@@ -348,3 +348,26 @@ def test_what_cannot_share_a_cache_says_so_once(tiny):
         warnings.simplefilter("error")
         decoder.compare(batch, variants)
         Decoder(tiny, 2).compare(batch, SteeringVectors.stack([{}, vectors()], Schedule()))
+
+
+def test_variants_share_a_pass_as_far_as_memory_goes(llm, monkeypatch):
+    batch, config = batch_of(llm, [[1] * 40] * 5), llm.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads) * 4
+    for branches, tokens in ((True, NEW), (False, 40 + NEW)):
+        least = 5 * tokens * token
+        for gibibytes in (1, 4, 16):
+            monkeypatch.setattr("corrsteer_pl.models.decode.BUDGET", gibibytes * least)
+            assert 1 <= Decoder(llm, NEW).together(batch, 53, branches) <= gibibytes
+    monkeypatch.setattr("corrsteer_pl.models.decode.BUDGET", 2**40)
+    assert Decoder(llm, NEW).together(batch, 53, branches=False) == 53
+    # As equally many in each pass as may be.
+    assert Decoder(llm, NEW, variants_at_once=20).together(batch, 53) == 18
+
+
+def test_a_larger_gpu_takes_more_variants_at_once(monkeypatch):
+    for total, expected in ((2**33, 2**30), (80 * 2**30, 5 * 2**30)):
+        found = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, found=found: found)
+        assert budget(torch.device("cuda")) == expected
+    assert budget(torch.device("cpu")) == 2**30

@@ -70,7 +70,7 @@ class CorrSteer(PairedEvaluation):
         llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         variants_at_once: How many candidates of every prompt share a forward pass; None for as many as about a
-            gibibyte allows.
+            gibibyte, or a sixteenth of a GPU's memory, allows.
 
     Attributes:
         selection: What the fit chose, after validation; None before.

@@ -25,8 +25,8 @@ class PairedEvaluation(LightningModule, ABC):
         llm: Path or Hub id of the model, or ``demo``.
         dtype: Its precision: ``float32``, ``bfloat16`` or ``float16``.
         llm_args: Further options of :meth:`~corrsteer_pl.models.llm.LanguageModel.load`.
-        variants_at_once: How many variants of every prompt share a forward pass; None for as many as about a gibibyte
-            allows.
+        variants_at_once: How many variants of every prompt share a forward pass; None for as many as about a
+            gibibyte, or a sixteenth of a GPU's memory, allows.
 
     Attributes:
         outcomes: After a test, one entry per sample in the order of the split.

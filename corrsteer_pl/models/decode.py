@@ -16,8 +16,8 @@ from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.prefix import SharedPrefix
 
-# Bytes that the variants of a forward pass may take, beside the model.
-BUDGET = 2**30
+# Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
+BUDGET, SHARE = 2**30, 1 / 16
 # Tokens of a forward pass on a CPU; more of them take longer each, for their activations leave the caches.
 CPU_TOKENS = 2700
 # Tokens that the branches of a prompt may come to.
@@ -72,7 +72,7 @@ class Decoder:
         max_new_tokens: Longest generation.
         allowed: If given, the only tokens that may be chosen.
         variants_at_once: How many variants of every sample share a forward pass; None for as many as about
-            a gibibyte allows.
+            a gibibyte, or a sixteenth of a GPU's memory, allows.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Decoder:
         config, size = self.llm.config, self.llm.model.dtype.itemsize
         held = self.max_new_tokens if branches else tokens + self.max_new_tokens
         each = rows * (held * self.llm.cache_size_per_token + config.vocab_size + 8 * config.hidden_size) * size
-        most = BUDGET // each
+        most = budget(self.llm.device) // each
         # Every branch attends to the tokens of all branches, only to leave them out.
         return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
 
@@ -280,6 +280,13 @@ class Decoder:
         if self.allowed is None:
             return logits.argmax(-1)
         return self.allowed[logits[..., self.allowed].argmax(-1)]
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that variants may take; the same for the same device, however full it is, so that runs can be repeated."""
+    if device.type != "cuda":
+        return BUDGET
+    return max(BUDGET, int(SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 @dataclass
