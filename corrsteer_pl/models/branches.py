@@ -106,11 +106,13 @@ class Rows:
 
     def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, variants: int = 1) -> None:
         self.llm, self.cache, self.mask = llm, cache, attention_mask
+        self.next = positions_of(attention_mask)[:, -1:]  # (rows, 1)
         self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token of every row, ``(rows, 1)``; the logits ``(rows, 1, vocabulary)`` after it."""
-        logits = self.llm.forward(tokens, self.mask, positions_of(self.mask)[:, -1:], self.cache)
+        logits = self.llm.forward(tokens, self.mask, self.next, self.cache)
+        self.next = self.next + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
 
@@ -118,7 +120,7 @@ class Rows:
         """Go on with the rows that are running."""
         rows = running[:, 0].nonzero()[:, 0]
         self.cache = picked(self.cache, rows)
-        self.mask, self.variant = self.mask[rows], self.variant[rows]
+        self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
         return rows.unsqueeze(1)
 
 
