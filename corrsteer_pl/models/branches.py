@@ -106,12 +106,14 @@ class Rows:
 
     def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, variants: int = 1) -> None:
         self.llm, self.cache, self.mask = llm, cache, attention_mask
+        # Where nothing is hidden the model needs no mask; given one, it would look at it, and wait for it, at each step.
+        self.hides = not bool(attention_mask.all())
         self.next = positions_of(attention_mask)[:, -1:]  # (rows, 1)
         self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token of every row, ``(rows, 1)``; the logits ``(rows, 1, vocabulary)`` after it."""
-        logits = self.llm.forward(tokens, self.mask, self.next, self.cache)
+        logits = self.llm.forward(tokens, self.mask if self.hides else None, self.next, self.cache)
         self.next = self.next + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
