@@ -50,8 +50,10 @@ def examine(module: CorrSteer, datamodule: TaskDataModule, trainer: Trainer) -> 
         yield _positions(module, batch, watch)
     measured = module.alignments()
     yield _parts(module, measured)
+    times = _time(module, datamodule, len(batch.examples), fit_seconds)
+    # Only now is known how candidates are decoded.
     yield _memory(module, batch)
-    yield _time(module, datamodule, len(batch.examples), fit_seconds)
+    yield times
     judge_alignments(measured.values(), module.hparams["check_alignment"])
 
 
@@ -119,7 +121,8 @@ class _Watch(PoolReader):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.prompt_tokens, self.steps = 0, []  # type: ignore[var-annotated]
+        self.prompt_tokens = 0
+        self.steps: list[bool] = []
 
     def read_prompt(self, counted: Tensor) -> None:
         self.prompt_tokens = int(counted[0].sum())
@@ -233,26 +236,30 @@ def _parts(module: CorrSteer, measured: dict[int, Alignment]) -> Table:
 
 def _memory(module: CorrSteer, batch: Batch) -> Table:
     """Bytes of what stays, and of the largest pass of a validation."""
-    model, config = module.llm.model, module.llm.config
-    per_token = module.llm.cache_size_per_token * model.dtype.itemsize
-    prompt, new = batch.input_ids.shape[1], module.task.max_new_tokens
-    samples, branches = len(batch.examples), model.dtype == torch.float32
-    variants = module.decoder.together(batch, 1 + 2 * len(module.saes), branches)
-    # As branches, variants share the prompt's keys and values; rows have each their own, beside the ones they copy.
-    tokens = samples * (prompt + variants * new if branches else prompt + variants * (prompt + new))
+    model, decoder, branches = module.llm.model, module.decoder, module.llm.branches is True
+    variants = decoder.together(batch, _variants(module), branches)
+    prompts = batch.input_ids.numel() * module.llm.cache_size_per_token * model.dtype.itemsize
     weights = [p for sae in module.saes.values() for p in sae.sae.parameters() if p.device == sae.sae.device]
+    pooled = len(batch.examples) * len(module.pools) * sum(sae.d_sae for sae in module.saes.values()) * 4
     parts = {
         "language model": sum(p.nbytes for p in model.parameters()),
         "SAEs": sum(p.nbytes for p in weights),
         "running sums": module.sums.size,
-        f"keys and values of {samples} prompts under {variants} variants": tokens * per_token,
-        f"logits of {samples * variants} tokens": samples * variants * config.vocab_size * model.dtype.itemsize,
+        "pooled activations": pooled,
+        f"keys and values of {len(batch.examples)} prompts": prompts,
+        f"{variants} variants of them at once": variants * decoder.size_of_variant(batch, branches),
     }
     facts = {name: _size(size) for name, size in parts.items()}
     facts["predicted in all"] = f"{_size(sum(parts.values()))}, and the activations of one block"
     if torch.cuda.is_available():
         facts["measured peak so far"] = _size(torch.cuda.max_memory_allocated())
     return _facts("Memory per process", facts)
+
+
+def _variants(module: CorrSteer) -> int:
+    """The unsteered model and the candidates of a validation."""
+    signs = 2 if module.hparams["sign"] == "both" else 1
+    return 1 if module.hparams["rule"] == "all" else 1 + signs * len(module.saes)
 
 
 def _time(module: CorrSteer, datamodule: TaskDataModule, batch_size: int, fit_seconds: float) -> Table:
@@ -267,8 +274,7 @@ def _time(module: CorrSteer, datamodule: TaskDataModule, batch_size: int, fit_se
 def _validation_time(module: CorrSteer, datamodule: TaskDataModule) -> str:
     loader = datamodule.val_dataloader()
     batch = next(iter(loader)).to(module.trainer.strategy.root_device)
-    candidates = 0 if module.hparams["rule"] == "all" else len(module.saes)
-    variants = 1 + candidates * (2 if module.hparams["sign"] == "both" else 1)
+    variants = _variants(module)
     began = time.perf_counter()
     # Vectors of zero cost what others do.
     vectors = {sae.site: torch.zeros(module.llm.config.hidden_size) for sae in module.saes.values()}

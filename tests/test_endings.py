@@ -12,13 +12,6 @@ from tests.test_decode import NEW, PROMPTS, batch_of, tiny, vectors  # noqa: F40
 ENDS = 6
 
 
-@pytest.fixture(params=[1, 5])
-def look_every(request, monkeypatch):
-    monkeypatch.setattr(decode, "LOOK_EVERY", {})
-    monkeypatch.setattr(decode, "SELDOM", request.param)
-    return request.param
-
-
 @pytest.fixture
 def places(tiny):  # noqa: F811
     """Tokens of every forward pass, rows times places."""
@@ -30,8 +23,9 @@ def places(tiny):  # noqa: F811
     handle.remove()
 
 
-def ending(llm, **options):
+def ending(llm, look_every=1, **options):
     decoder = Decoder(llm, NEW, **options)
+    decoder.look_every = look_every
     decoder.end = torch.arange(2, llm.config.vocab_size, ENDS)
     return decoder
 
@@ -46,13 +40,21 @@ def until_the_end(llm, batch, ends):
     return llm.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
-def test_texts_are_those_of_hugging_face(tiny, look_every, places):  # noqa: F811
-    batch, decoder = batch_of(tiny), ending(tiny)
+@pytest.mark.parametrize("look_every", [1, 5])
+def test_texts_are_those_of_hugging_face(tiny, look_every):  # noqa: F811
+    batch, decoder = batch_of(tiny), ending(tiny, look_every)
     assert decoder.generate(batch) == until_the_end(tiny, batch, decoder.end)
-    first = places[: places.index((len(PROMPTS), batch.input_ids.shape[1]))] if look_every == 1 else []
-    assert not first or first[-1][0] < len(PROMPTS)
 
 
+def test_what_has_ended_leaves(tiny, places):  # noqa: F811
+    ending(tiny).generate(batch_of(tiny))
+    rows = [rows for rows, _ in places]
+    assert rows[0] == len(PROMPTS)
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] <= decode.NEEDED * len(PROMPTS)
+
+
+@pytest.mark.parametrize("look_every", [1, 5])
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("at_once", [None, 2])
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("first_k", 3), Schedule(decay=0.7)])
@@ -60,7 +62,7 @@ def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once,
     if tiny.name == "qwen3_5" and branches:
         pytest.skip("linear attention has no mask, and so no branches")
     many = [{}] + [vectors((seed % 3,), seed=seed, strength=1.5) for seed in range(4)]
-    batch, decoder = batch_of(tiny), ending(tiny, variants_at_once=at_once)
+    batch, decoder = batch_of(tiny), ending(tiny, look_every, variants_at_once=at_once)
     found = decoder.compare(batch, SteeringVectors.stack(many, schedule), branches)
     for variant, texts in zip(many, found, strict=True):
         with SteeringVectors(variant, schedule).attached(tiny.model):
@@ -82,7 +84,7 @@ def test_what_goes_on_reads_as_if_nothing_had_left(tiny, branches):  # noqa: F81
 
     def logits(leaves):
         decoder = Decoder(tiny, len(tokens))
-        laid, cache = decoder._prefill(batch, keep_all=branches)
+        laid, cache = decoder._prefill(batch, branches=3 if branches else 0)
         run, _ = decoder._in_branches(laid, cache, 3) if branches else decoder._in_rows(variants, laid, cache)
         order, found = torch.arange(running.numel()).view(shape), []
         with torch.no_grad(), variants.attached(tiny.model, run):

@@ -71,7 +71,7 @@ class Branches:
         # Those that run come first, in their order.
         places = running.int().argsort(dim=1, descending=True, stable=True)[:, : int(running.sum(1).max())]
         keys = self.visible.shape[-1]
-        self.cache = picked(self.cache, rows)  # type: ignore[assignment]
+        self.cache = self.cache.picked(rows)
         self.visible = self.visible[rows].gather(1, places.unsqueeze(-1).expand(-1, -1, keys))
         self.variant = self.variant.expand(len(self.positions), -1)[rows].gather(1, places)
         self.positions, self.next = self.positions[rows], self.next[rows]
@@ -106,7 +106,7 @@ class Rows:
 
     def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, variants: int = 1) -> None:
         self.llm, self.cache, self.mask = llm, cache, attention_mask
-        # Where nothing is hidden the model needs no mask; given one, it would look at it, and wait for it, at each step.
+        # Where nothing is hidden the model needs no mask; one would be looked at, and waited for, at each step.
         self.hides = not bool(attention_mask.all())
         self.next = positions_of(attention_mask)[:, -1:]  # (rows, 1)
         self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
@@ -131,7 +131,7 @@ def branches_agree(llm: LanguageModel, prompts: Tensor) -> bool:
 
     Args:
         llm: The model.
-        prompts: Tokens without padding, ``(batch, at least 3)``.
+        prompts: Any tokens, ``(batch, at least 3)``; all of them count, padding as well.
     """
     mask = torch.ones_like(prompts)
     try:

@@ -39,6 +39,10 @@ class FullCache(DynamicCache):
         layers: Any = self.layers
         return [(layer.keys, layer.values) for layer in layers]
 
+    def picked(self, rows: Tensor) -> "FullCache":
+        """Rows of this cache, in any number and order, as another one."""
+        return FullCache(self.room).fill((keys[rows], values[rows]) for keys, values in self.pairs)
+
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
         layers: Any = self.layers
@@ -75,7 +79,7 @@ class _RoomyLayer(DynamicLayer):
 def picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """Rows of a cache, in any number and order; the cache itself stays as it is."""
     if isinstance(cache, FullCache):
-        return FullCache(cache.room).fill((keys[rows], values[rows]) for keys, values in cache.pairs)
+        return cache.picked(rows)
     own = copy.deepcopy(cache)
     own.reorder_cache(rows)  # type: ignore[arg-type]
     return own

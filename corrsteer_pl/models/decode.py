@@ -18,13 +18,12 @@ from corrsteer_pl.models.prefix import SharedPrefix
 
 # Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
-# Tokens of a forward pass on a CPU; more of them take longer each, for their activations leave the caches.
+# Prompt tokens of a comparison on a CPU; more of them take longer each, for their activations leave the caches.
 CPU_TOKENS = 2700
 # Tokens that the branches of a prompt may come to.
 BRANCH_TOKENS = 2048
-# Decoding steps between two looks at which generations have ended: a look waits for an accelerator, not for a CPU.
-LOOK_EVERY = {"cpu": 1}
-SELDOM = 8
+# An accelerator has to be waited for to see which generations have ended, a CPU has not.
+LOOK_EVERY = 8
 # Places are given up when no more than this share of them is still needed.
 NEEDED = 0.75
 
@@ -72,7 +71,11 @@ class Decoder:
         max_new_tokens: Longest generation.
         allowed: If given, the only tokens that may be chosen.
         variants_at_once: How many variants of every sample share a forward pass; None for as many as about
-            a gibibyte, or a sixteenth of a GPU's memory, allows.
+            a gibibyte, or a sixteenth of a GPU's memory, allows, and of branches no more than are worth their masks.
+
+    Attributes:
+        end: The tokens that end a generation, ``(n,)``.
+        look_every: Decoding steps between two looks at which generations have ended.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Decoder:
         self.variants_at_once = variants_at_once
         self._warned = False
         self._prefix = SharedPrefix(self._read_prefix)
+        self.look_every = 1 if llm.device.type == "cpu" else LOOK_EVERY
         self.end = torch.tensor(llm.eos_token_ids, dtype=torch.long, device=llm.device)
 
     @torch.no_grad()
@@ -105,8 +109,8 @@ class Decoder:
         """Generate text under each variant.
 
         In float32 variants are branches of one sequence per prompt, if the model can do that. In lower precision, and
-        where a variant changes the prompt, they are rows of the batch: all forward passes have the same shape, so that
-        a difference is due to the variant and never to rounding.
+        where a variant changes the prompt, they are rows of the batch: variants share each forward pass or, in several
+        groups, have passes of one shape, so that a difference is due to the variant and never to rounding.
 
         Args:
             prompts: The prompts.
@@ -131,13 +135,13 @@ class Decoder:
         """The batch in parts that a processor's caches can hold, where parts cost nothing."""
         ids, mask = prompts.input_ids, prompts.attention_mask
         size = max(1, CPU_TOKENS // ids.shape[1]) if branches and ids.device.type == "cpu" else len(ids)
-        return [_Laid(some, seen) for some, seen in zip(ids.split(size), mask.split(size), strict=True)]
+        return [_Prompts(some, seen) for some, seen in zip(ids.split(size), mask.split(size), strict=True)]
 
     def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
         shared = not variants.changes_prompt
         branches = branches and shared
         size = self.together(prompts, len(variants), branches)
-        laid, cache = self._prefill(prompts, keep_all=branches, branches=size) if shared else (prompts, None)
+        laid, cache = self._prefill(prompts, branches=size if branches else 0) if shared else (prompts, None)
         # In low precision equal variants stay equal only in forward passes of equal shape.
         drop = size >= len(variants) or self.llm.model.dtype == torch.float32
         texts: list[list[str]] = []
@@ -156,7 +160,7 @@ class Decoder:
         count, repeated = len(group), _repeated(prompts, len(group))
         if cache is None:
             with group.attached(self.llm.model):
-                own = self._read_under(repeated)
+                _, own = self._prefill(repeated, share=False)
         else:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
@@ -176,13 +180,16 @@ class Decoder:
 
     def _affordable(self, prompts: Prompts, branches: bool) -> int:
         """How many variants the memory budget allows."""
-        rows, tokens = prompts.input_ids.shape
-        config, size = self.llm.config, self.llm.model.dtype.itemsize
-        held = self.max_new_tokens if branches else tokens + self.max_new_tokens
-        each = rows * (held * self.llm.cache_size_per_token + config.vocab_size + 8 * config.hidden_size) * size
-        most = budget(self.llm.device) // each
+        most = budget(self.llm.device) // self.size_of_variant(prompts, branches)
         # Every branch attends to the tokens of all branches, only to leave them out.
         return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
+
+    def size_of_variant(self, prompts: Prompts, branches: bool) -> int:
+        """Bytes that a variant takes: keys and values, logits, and the activations of a block."""
+        rows, tokens = prompts.input_ids.shape
+        held = self.max_new_tokens if branches else tokens + self.max_new_tokens
+        each = held * self.llm.cache_size_per_token + self.llm.config.vocab_size + 8 * self.llm.config.hidden_size
+        return rows * each * self.llm.model.dtype.itemsize
 
     @torch.no_grad()
     def read(self, prompts: Prompts, reader: PoolReader, variants: Intervention | None = None) -> None:
@@ -218,7 +225,7 @@ class Decoder:
             ids[place, step] = chosen
             lengths[place] += running
             tokens = chosen
-            if (step + 1) % LOOK_EVERY.get(tokens.device.type, SELDOM) == 0:
+            if (step + 1) % self.look_every == 0:
                 left = int(running.sum())
                 if left == 0:
                     break
@@ -228,18 +235,24 @@ class Decoder:
         return Tokens(ids[:, : step + 1], lengths)
 
     def _prefill(
-        self, prompts: Prompts, reader: PoolReader | None = None, keep_all: bool = False, branches: int = 1
+        self, prompts: Prompts, reader: PoolReader | None = None, branches: int = 0, share: bool = True
     ) -> tuple[Prompts, DynamicCache]:
         """Read every prompt token but the last.
 
+        Args:
+            prompts: The prompts.
+            reader: Takes in the prompt's tokens, if it reads them.
+            branches: How many branches of a prompt will share the cache; then it keeps every token.
+            share: Whether to take over what earlier prompts began with.
+
         Returns:
-            The prompts, their padding perhaps elsewhere, and the cache, which in layers with a sliding window forgets
-            what no later token sees, unless ``keep_all``; there is room for a while of ``branches``.
+            The prompts, their padding perhaps elsewhere, and the cache.
         """
         ids, mask = prompts.input_ids, prompts.attention_mask
-        cache = self._empty_cache(prompts, keep_all, room=branches * min(self.max_new_tokens, ROOM))
+        cache = self._empty_cache(prompts, branches)
         # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
-        if isinstance(cache, FullCache) and self._fits_window(prompts) and not (reader and reader.reads_prompt):
+        share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
+        if share and isinstance(cache, FullCache):
             mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         if start < last:
@@ -247,26 +260,19 @@ class Decoder:
             self.llm.forward(ids[:, start:last], mask[:, :last], positions[:, start:last], cache)
             if reader and reader.reads_prompt:
                 reader.read_prompt(mask[:, :last].bool() & self.llm.is_text(ids[:, :last]))
-        return _Laid(ids, mask), cache
-
-    def _read_under(self, prompts: Prompts) -> DynamicCache:
-        """Read every prompt token but the last while something changes what is read."""
-        cache = self._empty_cache(prompts)
-        ids, mask = prompts.input_ids[:, :-1], prompts.attention_mask[:, :-1]
-        if ids.shape[1]:
-            self.llm.forward(ids, mask, positions_of(mask), cache)
-        return cache
+        return _Prompts(ids, mask), cache
 
     def _read_prefix(self, ids: Tensor) -> FullCache:
         cache, mask = FullCache(), torch.ones_like(ids)
         self.llm.forward(ids, mask, positions_of(mask), cache)
         return cache
 
-    def _empty_cache(self, prompts: Prompts, keep_all: bool = False, room: int = ROOM) -> DynamicCache:
+    def _empty_cache(self, prompts: Prompts, branches: int) -> DynamicCache:
         config = self.llm.config
         ordinary = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        keep_all = keep_all or (ordinary and self._fits_window(prompts))
-        return FullCache(room) if keep_all else DynamicCache(config=config)
+        if branches or (ordinary and self._fits_window(prompts)):
+            return FullCache(max(1, branches) * min(self.max_new_tokens, ROOM))
+        return DynamicCache(config=config)
 
     def _fits_window(self, prompts: Prompts) -> bool:
         window = getattr(self.llm.config, "sliding_window", None)
@@ -290,7 +296,7 @@ def budget(device: torch.device) -> int:
 
 
 @dataclass
-class _Laid:
+class _Prompts:
     input_ids: Tensor
     attention_mask: Tensor
 
@@ -298,4 +304,4 @@ class _Laid:
 def _repeated(prompts: Prompts, copies: int) -> Prompts:
     """A batch in which every sample stands ``copies`` times, side by side."""
     ids, mask = prompts.input_ids, prompts.attention_mask
-    return _Laid(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))
+    return _Prompts(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))

@@ -34,23 +34,22 @@ class Pool:
             - counted: ``(rows,)`` bool; False leaves the sample as it is.
             - samples: ``(rows,)``, which samples they are; None for all. At first they are all.
         """
-        activations, tokens = activations * counted.unsqueeze(-1), counted.unsqueeze(-1).to(activations.dtype)
+        counted = counted.unsqueeze(-1)
+        # In half precision a mean would stop counting at 256; what is not counted may be infinite.
+        activations = torch.where(counted, activations, 0).float()
         if self._running is None:
-            self._running, self._tokens = activations, tokens
+            self._running, self._tokens = activations, counted.float()
             return
         where = slice(None) if samples is None or len(samples) == len(self._running) else samples
-        running = self._running[where]  # all of it, or a copy of some
         if self.kind == "mean":
-            running += activations
-            self._tokens[where] += tokens
+            self._running[where] += activations
+            self._tokens[where] += counted
         else:
-            torch.maximum(running, activations, out=running)
-        if running.shape != self._running.shape:
-            self._running[where] = running
+            self._running[where] = torch.maximum(self._running[where], activations)
 
     @property
     def value(self) -> Tensor:
-        """The pooled activations, ``(batch, d_sae)``."""
+        """The pooled activations, ``(batch, d_sae)`` float32."""
         if self._running is None:
             raise RuntimeError("the pool has seen no token")
         return self._running / self._tokens.clamp(min=1) if self.kind == "mean" else self._running

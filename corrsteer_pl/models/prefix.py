@@ -1,4 +1,4 @@
-"""Tokens that all prompts begin with, few-shot examples for instance, are read once per run."""
+"""Tokens that prompts begin with, few-shot examples for instance, are read once by each decoder."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ SHORTEST = 16
 
 
 class SharedPrefix:
-    """The longest common beginning of all prompts seen so far, with its keys and values.
+    """What the prompts of the first batch that share enough begin with, with its keys and values.
 
     Args:
         read: Makes the cache of tokens ``(1, n)``.
@@ -20,14 +20,13 @@ class SharedPrefix:
 
     def __init__(self, read: Callable[[Tensor], FullCache]) -> None:
         self._read = read
-        self._tokens: list[int] = []
+        self._tokens: Sequence[int] = []
         self._cache: FullCache | None = None
 
     def lay(self, ids: Tensor, mask: Tensor, cache: FullCache) -> Tensor:
-        """Put the prefix before all of a batch, and its keys and values into an empty cache.
+        """Put as much of the prefix as they share before all of a batch, with keys and values in an empty cache.
 
-        Padding moves from the left to behind the prefix, in the mask alone: at those places the prefix's own last
-        tokens stand, unseen.
+        Padding moves from the left to behind the prefix, in the mask alone: what stands at those places is unseen.
 
         Shape:
             - ids, mask: ``(batch, longest)``, padded on the left.
@@ -36,11 +35,14 @@ class SharedPrefix:
             The new mask ``(batch, longest)``; the mask as it was, and the cache left empty, if the prompts share too
             little.
         """
-        length = self._shared_length(ids, mask)
+        prompts = [row[-kept:-1] for row, kept in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
+        if self._cache is None and len(prompts) == 1:
+            return mask
+        length = _common_length(prompts if self._cache is None else [self._tokens, *prompts])
         if length < SHORTEST:
             return mask
         if self._cache is None:
-            self._tokens = self._tokens[:length]
+            self._tokens = prompts[0][:length]
             self._cache = self._read(torch.tensor([self._tokens], device=ids.device))
         pads = mask.shape[1] - mask.sum(1, keepdim=True)  # (B, 1)
         places = torch.arange(mask.shape[1], device=mask.device)
@@ -48,20 +50,6 @@ class SharedPrefix:
         shared = ((keys[:, :, :length], values[:, :, :length]) for keys, values in self._cache.pairs)
         cache.fill((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in shared)
         return laid
-
-    def _shared_length(self, ids: Tensor, mask: Tensor) -> int:
-        prompts: list[Sequence[int]] = [
-            row[len(row) - kept : -1] for row, kept in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)
-        ]
-        if self._cache is None:
-            if len(prompts) == 1:
-                return 0
-            self._tokens = list(prompts[0][: _common_length(prompts)])
-            return len(self._tokens)
-        shared = _common_length([self._tokens, *prompts])
-        if shared >= SHORTEST:
-            self._tokens = self._tokens[:shared]
-        return shared
 
 
 def _common_length(prompts: Sequence[Sequence[int]]) -> int:

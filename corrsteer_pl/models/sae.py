@@ -100,21 +100,33 @@ class SparseAutoencoder:
         """What one unit of a feature adds to the residual: its decoder row, ``(d_model,)`` float32."""
         row = self.sae.W_dec[index].detach().float().cpu()
         # Some TopK autoencoders divide by the row's norm when they decode.
-        return row / row.norm() if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False) else row
+        return row / row.norm() if _rescales(self.sae) else row
 
 
 def unneeded(sae: Any) -> tuple[str, ...]:
     """Weights of a SAELens autoencoder that encoding can do without."""
-    alone = sae.cfg.architecture() in ENCODE_ALONE and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    return ("W_dec",) if alone else ()
+    return ("W_dec",) if sae.cfg.architecture() in ENCODE_ALONE and not _rescales(sae) else ()
+
+
+def place(sae: Any, device: torch.device, offload: bool = False) -> None:
+    """Let an SAE that lies in main memory compute on a device, and bring there what encodes, unless offloaded."""
+    device = torch.empty(0, device=device).device  # with its number
+    sae.device, sae.cfg.device = device, str(device)
+    if not offload:
+        bring(sae, device, without=unneeded(sae))
+
+
+def _rescales(sae: Any) -> bool:
+    """Whether a TopK autoencoder weighs features by the norms of their decoder rows."""
+    return getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
 
 
 @dataclass
 class _Published:
-    """An SAE that could be loaded, how to load it onto a device, and what its publishers say of it."""
+    """An SAE that could be loaded, how to load it into main memory, and what its publishers say of it."""
 
     name: str
-    load: Callable[[str], Any]
+    load: Callable[[], Any]
     expected: dict[str, float]
 
 
@@ -207,8 +219,8 @@ def _declared_hook(config: Path) -> str:
     return str((settings.get("metadata") or {}).get("hook_name") or settings.get("hook_name", ""))
 
 
-def _from_disk(path: Path, device: str) -> Any:
-    sae = SAE.load_from_disk(path, device=device)
+def _from_disk(path: Path) -> Any:
+    sae = SAE.load_from_disk(path)
     if sae.cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             "it was trained on scaled activations, and its folder does not say by how much; fold the factor into it "
@@ -289,8 +301,8 @@ def _expected(release: Any, id: str) -> dict[str, float]:
     return {name: value for name, value in known.items() if value not in (0.0, 1.0)}
 
 
-def _from_hub(release: str, id: str, device: str) -> Any:
-    sae = SAE.from_pretrained(release, id, device=device)
+def _from_hub(release: str, id: str) -> Any:
+    sae = SAE.from_pretrained(release, id)
     for name, value in get_config_overrides(release, id).items():
         # SAELens's table says more than some SAEs do of themselves.
         if name in ("neuronpedia_id", "model_from_pretrained_kwargs") and not sae.cfg.metadata[name]:
@@ -309,7 +321,7 @@ def _load(
             # What it recommends for TransformerLens is done here, where it changes what an SAE reads.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             warnings.filterwarnings("error", message="norm_scaling_factor not found")
-            sae: Any = published.load("cpu")
+            sae: Any = published.load()
     except (*HUB_ERRORS, TypeError, UserWarning, SafetensorError) as error:
         raise UserError(
             f"the SAE {published.name} cannot be loaded ({reason(error)}). Set model.saes to others."
@@ -322,9 +334,7 @@ def _load(
         )
     at = declared if site == "declared" else Site(declared.layer, site)
     sae = sae.to(dtype=dtype).eval().requires_grad_(False)
-    sae.device, sae.cfg.device = device, str(device)
-    if not offload:
-        bring(sae, device, without=unneeded(sae))
+    place(sae, device, offload)
     return SparseAutoencoder(at, sae, published.name, declared, published.expected)
 
 
