@@ -22,6 +22,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from corrsteer_pl.models.llm import LanguageModel
+from tests import architectures
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -30,6 +31,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(scope="session")
 def llm():
     return LanguageModel.load("demo")
+
+
+@pytest.fixture(params=architectures.CONFIGS)
+def tiny(request, llm):
+    return architectures.make_tiny(request.param, llm.tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -83,3 +83,12 @@ def test_a_cache_that_was_filled_owns_what_it_holds():
         cache = FullCache().fill((keys[:, :, :length], values[:, :, :length]) for keys, values in prefix.pairs)
         written(cache, 3, batch=1, seed=5)
     assert all(torch.equal(keys, expected) for (keys, _), expected in zip(prefix.pairs, kept, strict=True))
+
+
+def test_rows_in_another_order_are_written_elsewhere():
+    ours, theirs = FullCache(), DynamicCache()
+    for cache in (ours, theirs):
+        written(cache, 5)
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        written(cache, 2)
+    same(ours, theirs)

@@ -4,84 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.models import decode
 from corrsteer_pl.models.decode import Decoder, budget
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site, decoder_blocks, name_blocks
-
-WIDTH, NEW = 32, 12
-SIZES = {
-    "vocab_size": 1024, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 128, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**GROUPED),
-    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=8),
-    "qwen2": lambda: Qwen2Config(**GROUPED),
-    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
-    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=8),
-    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=8),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=1024, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=128, eos_token_id=2, bos_token_id=1
-    ),
-    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
-    # Linear attention in all blocks but the last.
-    "qwen3_5": lambda: Qwen3_5TextConfig(
-        **GROUPED,
-        head_dim=8,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        layer_types=["linear_attention", "linear_attention", "full_attention"],
-    ),
-}
-PROMPTS = [[1, 17, 250, 33, 9], [1, 400], [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 99, 98]]
-
-
-@pytest.fixture(params=CONFIGS)
-def tiny(request, llm):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        # Random initialisations are nearly constant functions; larger weights give texts that differ.
-        if parameter.ndim > 1 and "embed" not in name:
-            parameter.mul_(6)
-    model.generation_config.pad_token_id = 0
-    return LanguageModel(request.param, model, llm.tokenizer)
-
-
-def batch_of(llm, prompts=PROMPTS):
-    ids, mask = llm.left_pad(prompts)
-    return SimpleNamespace(input_ids=ids, attention_mask=mask)
-
-
-def hf_texts(llm, batch, new=NEW, **options):
-    tokens = llm.model.generate(
-        batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=new, **options
-    )  # (B, P + new)
-    return llm.tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def vectors(layers=(0, 2), kind="resid_post", strength=4.0, seed=0, width=WIDTH):
-    generator = torch.Generator().manual_seed(seed)
-    return {Site(layer, kind): strength * torch.randn(width, generator=generator) for layer in layers}
+from tests.architectures import GROUPED, NEW, PROMPTS, WIDTH, batch_of, hf_texts, vectors
 
 
 def test_unsteered_text_equals_hugging_face(tiny):
@@ -357,9 +288,9 @@ def test_variants_share_a_pass_as_far_as_memory_goes(llm, monkeypatch):
     for branches, tokens in ((True, NEW), (False, 40 + NEW)):
         least = 5 * tokens * token
         for gibibytes in (1, 4, 16):
-            monkeypatch.setattr("corrsteer_pl.models.decode.BUDGET", gibibytes * least)
+            monkeypatch.setattr(decode, "BUDGET", gibibytes * least)
             assert 1 <= Decoder(llm, NEW).together(batch, 53, branches) <= gibibytes
-    monkeypatch.setattr("corrsteer_pl.models.decode.BUDGET", 2**40)
+    monkeypatch.setattr(decode, "BUDGET", 2**40)
     assert Decoder(llm, NEW).together(batch, 53, branches=False) == 53
     # As equally many in each pass as may be.
     assert Decoder(llm, NEW, variants_at_once=20).together(batch, 53) == 18
@@ -371,3 +302,25 @@ def test_a_larger_gpu_takes_more_variants_at_once(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, found=found: found)
         assert budget(torch.device("cuda")) == expected
     assert budget(torch.device("cpu")) == 2**30
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 30])
+def test_parts_that_fit_a_processor_say_what_the_whole_batch_says(tiny, monkeypatch, tokens):
+    batch, variants = batch_of(tiny), SteeringVectors.stack([{}, vectors()], Schedule())
+    expected = Decoder(tiny, NEW).compare(batch, variants)
+    monkeypatch.setattr(decode, "CPU_TOKENS", tokens)
+    assert Decoder(tiny, NEW).compare(batch, variants) == expected
+
+
+def test_rows_have_room_for_themselves_alone(llm, monkeypatch):
+    rooms, fill = [], decode.FullCache.fill
+
+    def noted(cache, pairs):
+        rooms.append(cache.room)
+        return fill(cache, pairs)
+
+    monkeypatch.setattr(decode.FullCache, "fill", noted)
+    variants = SteeringVectors.stack([{}] + [vectors(width=llm.config.hidden_size)] * 14, Schedule())
+    Decoder(llm, 20).compare(batch_of(llm), variants, branches=False)
+    assert rooms
+    assert set(rooms) == {20}

@@ -6,14 +6,14 @@ import torch
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models import decode
 from corrsteer_pl.models.decode import Decoder
-from tests.test_decode import NEW, PROMPTS, batch_of, tiny, vectors  # noqa: F401
+from tests.architectures import NEW, PROMPTS, batch_of, vectors
 
 # One token in so many ends a sequence.
 ENDS = 6
 
 
 @pytest.fixture
-def places(tiny):  # noqa: F811
+def places(tiny):
     """Tokens of every forward pass, rows times places."""
     seen = []
     handle = tiny.model.register_forward_pre_hook(
@@ -41,12 +41,12 @@ def until_the_end(llm, batch, ends):
 
 
 @pytest.mark.parametrize("look_every", [1, 5])
-def test_texts_are_those_of_hugging_face(tiny, look_every):  # noqa: F811
+def test_texts_are_those_of_hugging_face(tiny, look_every):
     batch, decoder = batch_of(tiny), ending(tiny, look_every)
     assert decoder.generate(batch) == until_the_end(tiny, batch, decoder.end)
 
 
-def test_what_has_ended_leaves(tiny, places):  # noqa: F811
+def test_what_has_ended_leaves(tiny, places):
     ending(tiny).generate(batch_of(tiny))
     rows = [rows for rows, _ in places]
     assert rows[0] == len(PROMPTS)
@@ -58,7 +58,7 @@ def test_what_has_ended_leaves(tiny, places):  # noqa: F811
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("at_once", [None, 2])
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("first_k", 3), Schedule(decay=0.7)])
-def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once, schedule):  # noqa: F811
+def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once, schedule):
     if tiny.name == "qwen3_5" and branches:
         pytest.skip("linear attention has no mask, and so no branches")
     many = [{}] + [vectors((seed % 3,), seed=seed, strength=1.5) for seed in range(4)]
@@ -70,7 +70,7 @@ def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once,
 
 
 @pytest.mark.parametrize("branches", [True, False])
-def test_what_goes_on_reads_as_if_nothing_had_left(tiny, branches):  # noqa: F811
+def test_what_goes_on_reads_as_if_nothing_had_left(tiny, branches):
     if tiny.name == "qwen3_5" and branches:
         pytest.skip("linear attention has no mask, and so no branches")
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_what_goes_on_reads_as_if_nothing_had_left(tiny, branches):  # noqa: F81
     torch.testing.assert_close(found, expected[order], rtol=1e-3, atol=1e-3)
 
 
-def test_in_low_precision_groups_of_variants_keep_their_shape(tiny, places):  # noqa: F811
+def test_in_low_precision_groups_of_variants_keep_their_shape(tiny, places):
     tiny.model.to(torch.bfloat16)
     # The second group begins with a copy of the unsteered model, the first one's other variants end elsewhere.
     many = [{}, vectors(seed=1), vectors(strength=0.0), vectors(seed=2)]

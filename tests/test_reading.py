@@ -9,8 +9,8 @@ from corrsteer_pl.models.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import load_saes
 from corrsteer_pl.models.sites import Site, decoder_blocks
+from tests.architectures import batch_of
 from tests.conftest import make_sae, random_saes
-from tests.test_decode import batch_of
 
 TEXTS = ["Request: bake a loaf of bread\nResponse:", "Request: sing\nResponse:", "Where does"]
 NEW = 6
@@ -31,16 +31,18 @@ def naive_pools(llm, sae, prompt, generated, kind):
 
 
 @pytest.mark.parametrize("kind", ["max", "mean", "all"])
-@pytest.mark.parametrize("ends", [1, 8])
+@pytest.mark.parametrize("ends", [None, 2])
 def test_pools_equal_a_naive_loop(llm, tmp_path, kind, ends):
     saes = load_saes(str(random_saes(tmp_path, [0, 2])), llm)
     prompts = [llm.token_ids(text) for text in TEXTS]
     reader, decoder = PoolReader(saes, [kind]), Decoder(llm, NEW)
-    # With one token in eight for an end, samples end at different steps, and leave.
-    decoder.end = decoder.end if ends == 1 else torch.arange(0, llm.config.vocab_size, ends)
+    if ends:
+        # With every second token for an end, samples end at different steps, and leave.
+        decoder.end = torch.arange(0, llm.config.vocab_size, ends)
     batch = batch_of(llm, prompts)
     decoder.generate(batch, reader)
     tokens = decoder._decode(*decoder._prefill(batch))
+    assert ends is None or len(tokens.lengths.unique()) > 1
     for layer, sae in saes.items():
         for i, prompt in enumerate(prompts):
             generated = tokens.ids[i, : tokens.lengths[i]].tolist()
@@ -174,3 +176,22 @@ def test_bad_sae_folders_are_explained(llm, tmp_path):
     next((tmp_path / "some").glob("*.0.*/sae_weights.safetensors")).write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_saes(str(tmp_path / "some"), llm)
+
+
+def test_a_prompt_that_is_read_for_its_tokens_is_read_whole(llm, tmp_path):
+    # Although it begins as its neighbours do.
+    saes = load_saes(str(random_saes(tmp_path, [1])), llm)
+    prompts = [[1, *range(20, 60), last, last + 1] for last in (70, 80)]
+    reader, decoder = PoolReader(saes, ["all"]), Decoder(llm, NEW)
+    decoder.generate(batch_of(llm, prompts), reader)
+    tokens = decoder._decode(*decoder._prefill(batch_of(llm, prompts)))
+    for i, prompt in enumerate(prompts):
+        generated = tokens.ids[i, : tokens.lengths[i]].tolist()
+        expected = naive_pools(llm, saes[1], prompt, generated, "all")
+        torch.testing.assert_close(reader.pools[1]["all"].value[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_reads_bos_is_left_out(llm, tmp_path):
+    reader = PoolReader(load_saes(str(random_saes(tmp_path, [1])), llm), ["max", "all"])
+    Decoder(llm, 1).generate(batch_of(llm, [[1], [1]]), reader)
+    assert all(reader.pools[1][kind].value.abs().max() == 0 for kind in ("max", "all"))

@@ -54,8 +54,10 @@ def test_weights_come_for_as_long_as_they_are_needed(sae):
     before = {name: tensor.clone() for name, tensor in sae.named_parameters()}
     with at_hand(sae, META, without=["W_dec"]):
         assert {name for name, tensor in sae.named_parameters() if tensor.device == META} == names - {"W_dec"}
+    sae.register_buffer("scale", torch.ones(3))
     with at_hand(sae, META):
-        assert {tensor.device for tensor in sae.parameters()} == {META}
+        assert {tensor.device for tensor in [*sae.parameters(), *sae.buffers()]} == {META}
+        assert not any(tensor.requires_grad for tensor in sae.parameters())
     with pytest.raises(ZeroDivisionError), at_hand(sae, META):
         _ = 1 / 0
     for name, tensor in sae.named_parameters():
@@ -83,7 +85,15 @@ def test_what_is_loaded_computes_on_its_device_and_rests_in_main_memory(llm, tmp
     there = load_saes(str(folder), llm, offload=offload)[1]
     on_device = {name for name, tensor in there.sae.named_parameters() if tensor.device == META}
     assert on_device == (set() if offload else {name for name, _ in there.sae.named_parameters()} - {"W_dec"})
+    encode, during = there.sae.encode, {}
+
+    def watched(inputs):
+        during.update({name: tensor.device for name, tensor in there.sae.named_parameters()})
+        return encode(inputs)
+
+    there.sae.encode = watched
     encoded = there.encode(x)
+    assert {name for name, device in during.items() if device == CPU} == {"W_dec"}
     assert (encoded.device, encoded.shape) == (META, expected.shape)
     assert torch.equal(there.direction(5), here.direction(5))
     assert {n for n, tensor in there.sae.named_parameters() if tensor.device == META} == on_device
