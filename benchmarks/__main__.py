@@ -1,6 +1,5 @@
 """``python -m benchmarks``: print the tables, and write them into ``benchmarks/README.md`` and ``results.json``."""
 
-import json
 import logging
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, scaling
+from benchmarks import fits
 from benchmarks.rows import Row, rows
 from corrsteer_pl.files import write_atomically, write_json
 
@@ -23,12 +22,10 @@ RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADER = "| work | against | ours, s | plain, s | ratio | wanted | same answers |\n|---|---|---|---|---|---|---|\n"
 MEMORY = (
-    "| samples | layers | features | peak, MiB | before the fit | more | predicted: sums | activations |\n"
+    "| samples | layers | features | peak, MiB | ratio | of which the fit | predicted: sums | activations |\n"
     "|---|---|---|---|---|---|---|---|\n"
 )
 SCALING = "| processes | threads each | fit, s | ratio | same candidates |\n|---|---|---|---|---|\n"
-# Options that say nothing of the sizes.
-ALONE = ("peak_of", "processes", "quick")
 QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 40, "tokens": 40, "repeats": 1}
 
 
@@ -42,13 +39,11 @@ def parse(args: list[str]) -> Namespace:
     parser.add_argument("--fit_prompts", type=int, default=64, help="prompts to fit")
     parser.add_argument("--tokens", type=int, default=330, help="tokens of a prompt")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
-    parser.add_argument("--memory", type=int, nargs=2, default=[5000, 500], help="samples of the memory row")
+    parser.add_argument("--memory", type=int, nargs=2, default=[500, 5000], help="few and many samples to fit")
     parser.add_argument("--quick", action="store_true", help="small sizes, for agreement and not for time")
-    parser.add_argument("--peak_of", type=int, help="only print the peak memory of a fit on so many samples")
-    parser.add_argument("--processes", type=int, help="only time a fit as one of so many processes")
     options = parser.parse_args(args)
     if options.quick:
-        vars(options).update(QUICK, memory=[400, 200])
+        vars(options).update(QUICK)
     return options
 
 
@@ -61,9 +56,7 @@ def machine(options: Namespace) -> dict:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "sae-lens")},
-        "sizes": {
-            name: value for name, value in vars(options).items() if name not in ("peak_of", "processes", "quick")
-        },
+        "sizes": {name: value for name, value in vars(options).items() if name != "quick"},
     }
 
 
@@ -73,12 +66,11 @@ def line(row: Row) -> str:
     return f"| {row.work} | {row.against} | {figures} | {row.wanted} | {'yes' if row.agree else 'NO'} |\n"
 
 
-def memory_line(peak: dict[str, float]) -> str:
+def memory_line(peak: dict[str, Any], first: dict[str, Any]) -> str:
     """A row of the table of memory."""
-    more = peak["peak"] - peak["before"]
-    sizes = f"{peak['samples']:.0f} | {peak['layers']:.0f} | {peak['d_sae']:.0f}"
-    predicted = f"{peak['sums']:.1f} | {peak['activations']:.1f}"
-    return f"| {sizes} | {peak['peak']:.0f} | {peak['before']:.0f} | {more:.0f} | {predicted} |\n"
+    sizes = f"{peak['fit_prompts']} | {peak['layers']} | {peak['d_sae']}"
+    found = f"{peak['peak']:.0f} | {peak['peak'] / first['peak']:.3f} | {peak['peak'] - peak['before']:.0f}"
+    return f"| {sizes} | {found} | {peak['sums']:.1f} | {peak['activations']:.1f} |\n"
 
 
 def scaling_line(way: dict[str, Any]) -> str:
@@ -103,10 +95,6 @@ def main(args: list[str]) -> int:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if options.peak_of or options.processes:
-        found = memory.peak_of(options) if options.peak_of else scaling.fit_in(options)
-        sys.stdout.write(json.dumps(found) + "\n")
-        return 0
     measured, shown = [], HEADER
     sys.stdout.write(HEADER)
     for row in rows(options):
@@ -115,10 +103,11 @@ def main(args: list[str]) -> int:
         sys.stdout.write(line(row))
         sys.stdout.flush()
     if not options.quick:
-        peaks, ways = list(memory.table(options)), list(scaling.table(options))
-        shown += "\n" + MEMORY + "".join(map(memory_line, peaks)) + "\n" + SCALING + "".join(map(scaling_line, ways))
-        about, rows_found = machine(options), [row.as_dict() for row in measured]
-        write_json(RESULTS, {**about, "rows": rows_found, "memory": peaks, "scaling": ways})
+        peaks, ways = list(fits.memory(options)), list(fits.scaling(options))
+        shown += "\n" + MEMORY + "".join(memory_line(peak, peaks[0]) for peak in peaks)
+        shown += "\n" + SCALING + "".join(map(scaling_line, ways))
+        about, found = machine(options), [row.as_dict() for row in measured]
+        write_json(RESULTS, {**about, "rows": found, "memory": peaks, "scaling": ways})
         write_readme(shown, about)
     return 0 if all(row.agree for row in measured) else 1
 

@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from benchmarks.plain import as_prompts
-from benchmarks.world import BOS, EOS, PAD, NumberTokenizer, World
+from benchmarks.world import BOS, EOS, PAD, NumberTokenizer, World, as_prompts, fit_pass, no_sums
 from corrsteer_pl.files import write_json
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decode import Decoder
-from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.residency import bring
-from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae import SparseAutoencoder, place
 from corrsteer_pl.models.sites import Site
 
 RESULTS = Path(__file__).parent / "gpu.json"
@@ -50,7 +47,8 @@ def _sae(layer: int, options: Namespace) -> SparseAutoencoder:
     sae = JumpReLUSAE(JumpReLUSAEConfig(**sizes, metadata=SAEMetadata(hook_name=str(site))))
     sae.threshold.data.fill_(1.0)
     # As a fit leaves it: what encodes on the device, the decoder in main memory.
-    bring(sae, torch.device("cpu"), without=[name for name, _ in sae.named_parameters() if name != "W_dec"])
+    sae.W_dec = nn.Parameter(sae.W_dec.detach().cpu(), requires_grad=False)
+    place(sae, torch.device(options.device))
     return SparseAutoencoder(site, sae.eval().requires_grad_(False), str(site), site, {})
 
 
@@ -79,20 +77,13 @@ class Stopwatch:
 def phases(world: World, options: Namespace, prompts: int, new: int) -> dict[str, Any]:
     """Fit on so many prompts, and validate all candidates on ``options.validation`` ones."""
     decoder, watch = Decoder(world.llm, new), Stopwatch(world.llm.model, options.device)
-    widths = {layer: sae.d_sae for layer, sae in world.saes.items()}
-    sums = Accumulator(widths, ["max"], torch.device(options.device))
     fitted = world.prompts(prompts, options.tokens).input_ids.to(options.device)
     validated = world.prompts(options.validation, options.tokens).input_ids.to(options.device)
     candidates = world.candidates(2 * options.layers)
     variants = SteeringVectors.stack(world.vectors(candidates), Schedule())
 
     def fit() -> None:
-        for ids in fitted.split(options.batch_size):
-            reader = PoolReader(world.saes, ["max"])
-            decoder.generate(as_prompts(ids), reader)
-            rewards = torch.rand(len(ids), device=options.device)
-            for layer, pools in reader.pools.items():
-                sums.update(layer, "max", pools["max"].value, rewards, torch.ones_like(rewards))
+        fit_pass(world, decoder, fitted.split(options.batch_size), no_sums(world))
 
     def validate() -> None:
         for ids in validated.split(options.batch_size):

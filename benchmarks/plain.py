@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.world import World, is_even
+from benchmarks.world import Candidate, World, is_even
 from corrsteer_pl.models.sites import decoder_blocks
-
-Candidate = tuple[int, int, float]
 
 
 @contextmanager
@@ -28,11 +25,6 @@ def hooked(model: Any, hooks: dict[int, Callable[[Tensor], Tensor | None]]) -> I
 def adds(vector: Tensor) -> Callable[[Tensor], Tensor]:
     """Add a vector at the last position of a chunk."""
     return lambda hidden: torch.cat([hidden[:, :-1], hidden[:, -1:] + vector], dim=1)
-
-
-def as_prompts(ids: Tensor) -> Any:
-    """Prompts without padding."""
-    return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def generate(world: World, ids: Tensor, new: int) -> list[str]:

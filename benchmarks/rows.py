@@ -1,8 +1,8 @@
 """The rows of the table: each measures our way and a plain way on the same inputs, and compares the answers."""
 
+import operator
 import statistics
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, plain
-from benchmarks.world import BATCH, World, fit, make_world
+from benchmarks import plain
+from benchmarks.world import BATCH, World, fit, fit_pass, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decode import Decoder
-from corrsteer_pl.models.hooks import PoolReader
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; seconds are medians, ``better`` says which direction of the ratio is wanted."""
+    """One line of the table; ``ours`` and ``plain`` are medians, in seconds."""
 
     work: str
     against: str
@@ -35,29 +33,22 @@ class Row:
         return asdict(self)
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    answer = run()
-    return time.perf_counter() - began, answer
-
-
-def measure(ours: Callable[[], Any], other: Callable[[], Any], repeats: int) -> tuple[float, float, Any, Any]:
-    """Median seconds of both, taken in turn, and their answers."""
+def measure(
+    work: str,
+    against: str,
+    wanted: float,
+    repeats: int,
+    ours: Callable[[], Any],
+    other: Callable[[], Any],
+    same: Callable[[Any, Any], bool] = operator.eq,
+    faster: bool = True,
+) -> Row:
+    """Take both in turn; the ratio says how many times faster ours is, or how many times as long it takes."""
     pairs = [(timed(ours), timed(other)) for _ in range(repeats)]
     mine, theirs = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
-    return mine, theirs, pairs[-1][0][1], pairs[-1][1][1]
-
-
-def faster(work: str, against: str, wanted: float, repeats: int, ours: Callable, other: Callable) -> Row:
-    mine, theirs, answer, expected = measure(ours, other, repeats)
-    return Row(work, against, mine, theirs, theirs / mine, f"at least {wanted:g}", answer == expected)
-
-
-def slower(
-    work: str, against: str, wanted: float, repeats: int, ours: Callable, other: Callable, same: Callable
-) -> Row:
-    mine, theirs, answer, expected = measure(ours, other, repeats)
-    return Row(work, against, mine, theirs, mine / theirs, f"at most {wanted:g}", same(answer, expected))
+    ratio, limit = (theirs / mine, "at least") if faster else (mine / theirs, "at most")
+    agree = all(same(answer, expected) for (_, answer), (_, expected) in pairs)
+    return Row(work, against, mine, theirs, ratio, f"{limit} {wanted:g}", agree)
 
 
 def compare(world: World, prompts: Any, candidates: list, new: int) -> list[list[str]]:
@@ -76,23 +67,23 @@ def rows(options: Namespace) -> Iterator[Row]:
         return compare(world, prompts, fourteen, 1)
 
     compare(world, world.prompts(2, 16), fourteen, 1)  # what is done once per model is not measured
-    yield faster(title, "plain_batched", 11, repeats, ours, lambda: plain.plain_batched(world, prompts, fourteen, 1))
-    yield faster(title, "plain_reference", 14, repeats, ours, lambda: plain.plain_reference(world, prompts, fourteen))
+    yield measure(title, "plain_batched", 11, repeats, ours, lambda: plain.plain_batched(world, prompts, fourteen, 1))
+    yield measure(title, "plain_reference", 14, repeats, ours, lambda: plain.plain_reference(world, prompts, fourteen))
     few, many = world.prompts(max(2, n // 3), tokens), world.candidates(52)
-    yield faster(
+    yield measure(
         f"validation: {len(few.input_ids)} prompts x {tokens} tokens, baseline + 52 candidates, 1 new token",
         "plain_batched", 32, repeats,
         lambda: compare(world, few, many, 1), lambda: plain.plain_batched(world, few, many, 1),
     )  # fmt: skip
     short = world.prompts(n, max(8, tokens * 100 // 330))
     new = 32 if tokens > 100 else 4
-    yield faster(
+    yield measure(
         f"validation: {n} prompts x {short.input_ids.shape[1]} tokens, baseline + 14 candidates, {new} new tokens",
         "plain_batched", 3.4, repeats,
         lambda: compare(world, short, fourteen, new), lambda: plain.plain_batched(world, short, fourteen, new),
     )  # fmt: skip
     yield _whole_fit(world, options)
-    yield faster(
+    yield measure(
         f"test: baseline + steered, {n} prompts x {tokens} tokens, 1 new token",
         "two passes of Hugging Face generate", 1.8, repeats,
         lambda: compare(world, prompts, fourteen[:1], 1),
@@ -100,7 +91,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     )  # fmt: skip
     prefix = tokens * 500 // 330
     shots = world.prompts(n, max(8, tokens * 100 // 330), prefix)
-    yield faster(
+    yield measure(
         f"few-shot: {n} prompts of {shots.input_ids.shape[1] - prefix} tokens after a common prefix of {prefix}",
         "re-reading the prefix", 2, repeats,
         lambda: Decoder(world.llm, 1).generate(shots),
@@ -108,7 +99,6 @@ def rows(options: Namespace) -> Iterator[Row]:
     )  # fmt: skip
     yield _fit_pass(world, options)
     yield _steered_decoding(world, options)
-    yield _memory(options)
 
 
 def _whole_fit(world: World, options: Namespace) -> Row:
@@ -130,32 +120,26 @@ def _whole_fit(world: World, options: Namespace) -> Row:
         return [candidate[:2] for candidate in candidates], rewards
 
     title = f"whole fit: {options.fit_prompts} + {options.prompts} prompts x {options.tokens} tokens, 14 candidates"
-    return faster(title, "plain_reference", 5, options.repeats, ours, other)
+    return measure(title, "plain_reference", 5, options.repeats, ours, other)
 
 
 def _fit_pass(world: World, options: Namespace) -> Row:
     prompts = world.prompts(options.fit_prompts, options.tokens)
-    widths = {layer: sae.d_sae for layer, sae in world.saes.items()}
 
     def ours() -> dict[int, torch.Tensor]:
-        sums, decoder = Accumulator(widths, ["max"], torch.device("cpu")), Decoder(world.llm, 1)
-        for ids in prompts.input_ids.split(BATCH):
-            reader = PoolReader(world.saes, ["max"])
-            texts = decoder.generate(plain.as_prompts(ids), reader)
-            rewards = torch.tensor([plain.is_even(text) for text in texts])
-            for layer, pools in reader.pools.items():
-                sums.update(layer, "max", pools["max"].value, rewards, torch.ones(len(ids)))
+        sums = no_sums(world)
+        fit_pass(world, Decoder(world.llm, 1), prompts.input_ids.split(BATCH), sums)
         sums.merge()
         return {layer: sums.moments(layer, "max").x for layer in world.saes}
 
     def same(answer: dict, expected: dict) -> bool:
         return all(torch.allclose(answer[i], expected[i].double().sum(0), rtol=1e-4, atol=1e-3) for i in answer)
 
-    title = f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens"
-    against = "generation, and one product per layer"
-    return slower(
-        title, against, 1.15, options.repeats, ours, lambda: plain.plain_fit_pass(world, prompts, BATCH), same
-    )
+    return measure(
+        f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens",
+        "generation, and one product per layer", 1.15, options.repeats,
+        ours, lambda: plain.plain_fit_pass(world, prompts, BATCH), same, faster=False,
+    )  # fmt: skip
 
 
 def _steered_decoding(world: World, options: Namespace) -> Row:
@@ -166,13 +150,8 @@ def _steered_decoding(world: World, options: Namespace) -> Row:
         with SteeringVectors(vectors).attached(world.llm.model) if steered else nullcontext():
             return [text for _ in range(4) for text in plain.generate(world, ids, new)]
 
-    title = f"steered decoding, {len(vectors)} blocks, {new} new tokens"
-    args = (title, "unsteered decoding", 1.03, 2 * options.repeats + 1)
-    return slower(*args, lambda: run(True), lambda: run(False), lambda answer, expected: answer == expected)
-
-
-def _memory(options: Namespace) -> Row:
-    many, few = options.memory
-    peaks = [memory.measured(options, samples)["peak"] for samples in (many, few)]
-    title = f"peak memory in MiB, {many} fit samples"
-    return Row(title, f"{few} fit samples", *peaks, peaks[0] / peaks[1], "at most 1.02", True)
+    return measure(
+        f"steered decoding, {len(vectors)} blocks, {new} new tokens",
+        "unsteered decoding", 1.03, 2 * options.repeats + 1,
+        lambda: run(True), lambda: run(False), faster=False,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """A random model, random SAEs, and prompts of token numbers: nothing here knows anything, but all of it takes time."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.files import write_jsonl
+from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site
@@ -22,6 +26,8 @@ from corrsteer_pl.tasks import Example, Task
 
 PAD, BOS, EOS = 0, 1, 2
 BATCH = 32
+# Layer, feature and coefficient.
+Candidate = tuple[int, int, float]
 
 
 class NumberTokenizer:
@@ -66,16 +72,15 @@ class World:
         vocabulary = self.llm.config.vocab_size
         own = torch.randint(3, vocabulary, (count, tokens), generator=self.generator)
         shared = torch.randint(3, vocabulary, (1, prefix), generator=self.generator).expand(count, -1)
-        ids = torch.cat([shared, own], dim=1)
-        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return as_prompts(torch.cat([shared, own], dim=1))
 
-    def candidates(self, count: int) -> list[tuple[int, int, float]]:
-        """Layer, feature and coefficient of some candidates, two to a layer, then round again."""
+    def candidates(self, count: int) -> list[Candidate]:
+        """Some candidates, two to a layer, then round again."""
         layers = [layer for layer in self.saes for _ in range(2)]
         indices = torch.randint(next(iter(self.saes.values())).d_sae, (count,), generator=self.generator).tolist()
         return [(layers[i % len(layers)], index, 8.0 if i % 2 else -8.0) for i, index in enumerate(indices)]
 
-    def vectors(self, candidates: Sequence[tuple[int, int, float]]) -> list[dict[Site, Tensor]]:
+    def vectors(self, candidates: Sequence[Candidate]) -> list[dict[Site, Tensor]]:
         """What each candidate adds, after nothing for the unsteered model."""
         found: list[dict[Site, Tensor]] = [{}]
         for layer, index, coefficient in candidates:
@@ -119,3 +124,31 @@ def fit(world: World, folder: str, fitted: Any, validated: Any, **trainer: Any) 
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet, **trainer).fit(module, datamodule=data)
     return module
+
+
+def no_sums(world: World) -> Accumulator:
+    """Running sums of every SAE, still empty."""
+    return Accumulator({layer: sae.d_sae for layer, sae in world.saes.items()}, ["max"], world.llm.device)
+
+
+@torch.no_grad()
+def fit_pass(world: World, decoder: Decoder, batches: Iterable[Tensor], sums: Accumulator) -> None:
+    """What a fit does with batches of prompts ``(batch, tokens)``: generate, read, score, add up."""
+    for ids in batches:
+        reader = PoolReader(world.saes, ["max"])
+        texts = decoder.generate(as_prompts(ids), reader)
+        rewards = torch.tensor([is_even(text) for text in texts], device=ids.device)
+        for layer, pools in reader.pools.items():
+            sums.update(layer, "max", pools["max"].value, rewards, torch.ones_like(rewards))
+
+
+def as_prompts(ids: Tensor) -> Any:
+    """Prompts without padding."""
+    return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that something takes, and what it gives."""
+    began = time.perf_counter()
+    answer = run()
+    return time.perf_counter() - began, answer

@@ -295,6 +295,7 @@ def test_doctor_says_what_a_fit_would_do(here, capsys):
     for fact in (
         "⟦<bos>⟧Q: Which", "Give the final number after ####.", "1 time(s), <bos>", "on the left", "final number",
         "decoding step 0", "generated token 1", "float32 on cpu", "blocks.1.hook_resid", "running sums", "fits",
+        "pooled activations", "5 variants of them at once",
         "A fit would start.",
     ):  # fmt: skip
         assert fact in shown, fact
