@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,28 @@ QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 4
 def parse(args: list[str]) -> Namespace:
     """The options of the command line."""
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--layers", type=int, default=8, help="decoder blocks")
-    parser.add_argument("--width", type=int, default=512, help="width of the residual stream, a multiple of 64")
-    parser.add_argument("--d_sae", type=int, default=4096, help="features of each SAE")
-    parser.add_argument("--prompts", type=int, default=24, help="validation prompts")
-    parser.add_argument("--fit_prompts", type=int, default=64, help="prompts to fit")
-    parser.add_argument("--tokens", type=int, default=330, help="tokens of a prompt")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
-    parser.add_argument("--memory", type=int, nargs=2, default=[500, 5000], help="few and many samples to fit")
-    parser.add_argument("--quick", action="store_true", help="small sizes, for agreement and not for time")
+    parser.add_argument("--layers", type=positive, default=8, help="decoder blocks")
+    parser.add_argument("--width", type=positive, default=512, help="width of the residual stream, a multiple of 64")
+    parser.add_argument("--d_sae", type=positive, default=4096, help="features of each SAE")
+    parser.add_argument("--prompts", type=positive, default=24, help="validation prompts")
+    parser.add_argument("--fit_prompts", type=positive, default=64, help="prompts to fit")
+    parser.add_argument("--tokens", type=positive, default=330, help="tokens of a prompt")
+    parser.add_argument("--repeats", type=positive, default=3, help="of which the median is taken")
+    parser.add_argument("--memory", type=positive, nargs=2, default=[500, 5000], help="few and many samples to fit")
+    parser.add_argument("--quick", action="store_true", help="small sizes unless given, for agreement and not for time")
+    if "--quick" in args:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(args)
-    if options.quick:
-        vars(options).update(QUICK)
+    if options.width % 64:
+        parser.error(f"--width is {options.width}; it is a multiple of 64")
     return options
+
+
+def positive(text: str) -> int:
+    """A number from 1 on, as the command line has it."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def machine(options: Namespace) -> dict:

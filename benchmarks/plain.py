@@ -102,11 +102,15 @@ def plain_reference(world: World, prompts: Any, candidates: Sequence[Candidate])
     return found
 
 
-def plain_fit_pass(world: World, prompts: Any, size: int) -> dict[int, Tensor]:
-    """Generation in batches, and all residuals of a layer encoded in one product; activations ``(samples, d_sae)``."""
+def plain_fit_pass(world: World, prompts: Any, size: int) -> tuple[dict[int, Tensor], Tensor]:
+    """Generation in batches, and all residuals of a layer encoded in one product.
+
+    Returns:
+        Activations ``(samples, d_sae)`` by layer, and rewards ``(samples,)`` float64.
+    """
     residuals: dict[int, list[Tensor]] = {layer: [] for layer in world.saes}
     keeps = {layer: (lambda hidden, kept=kept: kept.append(hidden[:, -1])) for layer, kept in residuals.items()}
     with hooked(world.llm.model, keeps):
-        for ids in prompts.input_ids.split(size):
-            generate(world, ids, 1)
-    return {layer: world.saes[layer].encode(torch.cat(kept)) for layer, kept in residuals.items()}
+        texts = [text for ids in prompts.input_ids.split(size) for text in generate(world, ids, 1)]
+    rewards = torch.tensor([is_even(text) for text in texts], dtype=torch.float64)
+    return {layer: world.saes[layer].encode(torch.cat(kept)) for layer, kept in residuals.items()}, rewards

@@ -9,12 +9,18 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.world import BATCH, World, fit, fit_pass, make_world, no_sums, timed
+from benchmarks.world import BATCH, World, fit, fit_pass, is_even, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.sites import Site
+
+# Layer and index of candidates, their coefficients, and the rewards of the unsteered model and of each.
+Fitted = tuple[list, list[float], list[float]]
 
 
 @dataclass(frozen=True)
@@ -107,33 +113,40 @@ def _whole_fit(world: World, options: Namespace) -> Row:
         world.prompts(options.prompts, options.tokens),
     )
 
-    def ours() -> tuple[list, list]:
+    def ours() -> Fitted:
         with tempfile.TemporaryDirectory() as folder:
-            module = fit(world, folder, fitted, validated)
-        found = module.selection.candidates
-        return [(f.layer, f.index) for f in found], [f.validation_reward for f in found]
+            found = fit(world, folder, fitted, validated).selection
+        rewards = [found.baseline_reward, *(f.validation_reward for f in found.candidates)]
+        return [(f.layer, f.index) for f in found.candidates], [f.coefficient for f in found.candidates], rewards
 
-    def other() -> tuple[list, list]:
+    def other() -> Fitted:
         candidates = plain.plain_candidates(*plain.plain_collection(world, fitted))
-        texts = plain.plain_reference(world, validated, candidates)[1:]
-        rewards = [sum(map(plain.is_even, some)) / len(some) for some in texts]
-        return [candidate[:2] for candidate in candidates], rewards
+        texts = plain.plain_reference(world, validated, candidates)
+        rewards = [sum(map(is_even, some)) / len(some) for some in texts]
+        return [candidate[:2] for candidate in candidates], [abs(c[2]) for c in candidates], rewards
 
-    title = f"whole fit: {options.fit_prompts} + {options.prompts} prompts x {options.tokens} tokens, 14 candidates"
-    return measure(title, "plain_reference", 5, options.repeats, ours, other)
+    def same(answer: Fitted, expected: Fitted) -> bool:
+        return answer[::2] == expected[::2] and np.allclose(np.abs(answer[1]), expected[1], rtol=1e-4)
+
+    candidates = 2 * len(world.saes)
+    title = f"whole fit: {options.fit_prompts} + {options.prompts} prompts x {options.tokens} tokens"
+    return measure(f"{title}, {candidates} candidates", "plain_reference", 5, options.repeats, ours, other, same)
 
 
 def _fit_pass(world: World, options: Namespace) -> Row:
     prompts = world.prompts(options.fit_prompts, options.tokens)
 
-    def ours() -> dict[int, torch.Tensor]:
+    def ours() -> Accumulator:
         sums = no_sums(world)
         fit_pass(world, Decoder(world.llm, 1), prompts.input_ids.split(BATCH), sums)
         sums.merge()
-        return {layer: sums.moments(layer, "max").x for layer in world.saes}
+        return sums
 
-    def same(answer: dict, expected: dict) -> bool:
-        return all(torch.allclose(answer[i], expected[i].double().sum(0), rtol=1e-4, atol=1e-3) for i in answer)
+    def same(answer: Accumulator, expected: tuple[dict[int, torch.Tensor], torch.Tensor]) -> bool:
+        activations, rewards = expected
+        found = [(answer.moments(layer, "max"), x.double()) for layer, x in activations.items()]
+        pairs = [pair for m, x in found for pair in ((m.x, x.sum(0)), (m.xx, (x**2).sum(0)), (m.xy, rewards @ x))]
+        return all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in pairs)
 
     return measure(
         f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens",
@@ -144,14 +157,19 @@ def _fit_pass(world: World, options: Namespace) -> Row:
 
 def _steered_decoding(world: World, options: Namespace) -> Row:
     ids, new = world.prompts(8, 16).input_ids, 32 if options.tokens > 100 else 4
-    vectors = {sae.site: torch.zeros(world.llm.config.hidden_size) for sae in world.saes.values()}
+    width, layers = world.llm.config.hidden_size, range(options.layers)
+    vectors = {layer: torch.randn(width, generator=world.generator) for layer in layers}
+    ours = SteeringVectors({Site(layer, "resid_post"): vector for layer, vector in vectors.items()})
+    with plain.hooked(world.llm.model, {layer: plain.adds(vector) for layer, vector in vectors.items()}):
+        by_hand = plain.generate(world, ids, new)
 
     def run(steered: bool) -> list[str]:
-        with SteeringVectors(vectors).attached(world.llm.model) if steered else nullcontext():
+        with ours.attached(world.llm.model) if steered else nullcontext():
             return [text for _ in range(4) for text in plain.generate(world, ids, new)]
 
     return measure(
-        f"steered decoding, {len(vectors)} blocks, {new} new tokens",
+        f"steered decoding, {options.layers} blocks, {new} new tokens",
         "unsteered decoding", 1.03, 2 * options.repeats + 1,
-        lambda: run(True), lambda: run(False), faster=False,
+        lambda: run(True), lambda: run(False),
+        lambda steered, unsteered: steered == 4 * by_hand != unsteered, faster=False,
     )  # fmt: skip

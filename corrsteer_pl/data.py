@@ -16,8 +16,8 @@ from corrsteer_pl.options import check_options
 from corrsteer_pl.splits import SPLITS, Split, TaskData, without_overlap
 from corrsteer_pl.tasks import Example, Task
 
-# Prompts are sorted by length among so many batches, so that a fit that stops early has seen all lengths.
-BUCKET = 16
+# Prompts are sorted by length among so many, whatever the batch size, so that a fit can go on with another one.
+BUCKET = 512
 NEEDED: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -313,7 +313,7 @@ class TaskDataModule(LightningDataModule):
         batch_size = min(self.hparams["batch_size"], -(-len(examples) // world_size))
         # No DataLoader: Lightning would put its own DistributedSampler into it, which repeats and shuffles.
         collate = partial(self.collate, task=task)
-        order = _by_length(lengths, BUCKET * batch_size) if self.hparams["sort_by_length"] else None
+        order = _by_length(lengths, BUCKET) if self.hparams["sort_by_length"] else None
         return Shard(examples, collate, batch_size, self._running.global_rank, world_size, start, order)
 
     def _check_shares(self, split: Split) -> None:

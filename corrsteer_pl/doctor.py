@@ -236,7 +236,7 @@ def _parts(module: CorrSteer, measured: dict[int, Alignment]) -> Table:
 
 def _memory(module: CorrSteer, batch: Batch) -> Table:
     """Bytes of what stays, and of the largest pass of a validation."""
-    model, decoder, branches = module.llm.model, module.decoder, module.llm.branches is True
+    model, decoder, branches = module.llm.model, module.decoder, module.llm.abilities.get("branches", False)
     variants = decoder.together(batch, _variants(module), branches)
     prompts = batch.input_ids.numel() * module.llm.cache_size_per_token * model.dtype.itemsize
     weights = [p for sae in module.saes.values() for p in sae.sae.parameters() if p.device == sae.sae.device]

@@ -50,9 +50,9 @@ CONFIGS = {
 PROMPTS = [[1, 17, 250, 33, 9], [1, 400], [1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 99, 98]]
 
 
-def make_tiny(name, tokenizer):
+def make_tiny(name, tokenizer, config=None):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[name]()).eval().requires_grad_(False)
     for parameter_name, parameter in model.named_parameters():
         # Random initialisations are nearly constant functions; larger weights give texts that differ.
         if parameter.ndim > 1 and "embed" not in parameter_name:

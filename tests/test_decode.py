@@ -214,7 +214,7 @@ def test_a_model_with_a_device_map_is_not_moved():
 def test_every_architecture_with_attention_alone_understands_branches(tiny):
     decoder = Decoder(tiny, NEW)
     decoder.compare(batch_of(tiny), SteeringVectors.stack([{}, vectors()], Schedule()))
-    assert tiny.branches is (tiny.name != "qwen3_5")
+    assert tiny.abilities["branches"] is (tiny.name != "qwen3_5")
 
 
 @pytest.mark.parametrize("kind", ["resid_post", "resid_pre", "attn_out", "mlp_out"])
@@ -237,14 +237,14 @@ def test_a_model_that_misunderstands_branches_decodes_in_rows(tiny):
 
     def causal_only(*args, attention_mask=None, **kwargs):
         # As a model does that makes its own mask whatever it is given.
-        if isinstance(attention_mask, dict) or attention_mask.ndim == 4:
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
             attention_mask = None
         return forward(*args, attention_mask=attention_mask, **kwargs)
 
     causal_only.__signature__ = __import__("inspect").signature(forward)
-    tiny.model.forward, tiny.branches = causal_only, None
+    tiny.model.forward, tiny.abilities = causal_only, {}
     assert Decoder(tiny, NEW).compare(batch, variants) == expected
-    assert tiny.branches is False
+    assert tiny.abilities["branches"] is False
 
 
 def test_a_prefix_that_prompts_share_is_read_once_and_changes_nothing(tiny):
@@ -324,3 +324,17 @@ def test_rows_have_room_for_themselves_alone(llm, monkeypatch):
     Decoder(llm, 20).compare(batch_of(llm), variants, branches=False)
     assert rooms
     assert set(rooms) == {20}
+
+
+def test_prompts_that_come_one_by_one_share_a_prefix_too(llm):
+    prefix, tails = [1, *range(20, 60)], ([70, 71], [80], [90, 91, 92], [99])
+    read, decoder = [], Decoder(llm, 2)
+    handle = llm.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = [batch_of(llm, [prefix + tail]) for tail in tails]
+    found = [decoder.generate(prompt) for prompt in prompts]
+    handle.remove()
+    assert found == [hf_texts(llm, prompt, 2) for prompt in prompts]
+    # The first prompt, and then the prefix; after that what comes behind it.
+    assert [tokens for tokens in read if tokens >= len(prefix)] == [len(prefix) + 1, len(prefix)]

@@ -29,17 +29,17 @@ def reference(tmp_path_factory):
     return folder / "checkpoints/demo"
 
 
-def same_fit(one, other):
+def same_fit(one, other, rtol=1e-12, atol=1e-12):
     a, b = (torch.load(run / "last.ckpt", weights_only=True) for run in (one, other))
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for key, value in a["state_dict"].items():
         # Sums of float64; only the order of additions may differ.
-        torch.testing.assert_close(value, b["state_dict"][key], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(value, b["state_dict"][key], rtol=rtol, atol=atol)
     one, other = (json.loads((run / "selection.json").read_text()) for run in (one, other))
     assert one["samples"] == other["samples"] == 101
     for f, g in zip(one["candidates"], other["candidates"], strict=True):
         assert (f["layer"], f["index"], f["validation_reward"]) == (g["layer"], g["index"], g["validation_reward"])
-        assert f["correlation"] == pytest.approx(g["correlation"], abs=1e-9)
+        assert f["correlation"] == pytest.approx(g["correlation"], abs=max(rtol, 1e-9))
     assert [f["index"] for f in one["features"]] == [f["index"] for f in other["features"]]
     assert one["baseline_reward"] == other["baseline_reward"]
 
@@ -129,14 +129,17 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
         (signal.SIGTERM, 0.3, [], []),
         (signal.SIGKILL, 0.2, TWO, []),
         (signal.SIGKILL, 0.1, TWO, TWO),
+        (signal.SIGTERM, 0.3, [], ["--data.batch_size", "5"]),
     ],
-    ids=["kill", "term", "kill two, resume on one", "kill two, resume on two"],
+    ids=["kill", "term", "kill two, resume on one", "kill two, resume on two", "term, go on in other batches"],
 )
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
     position = interrupted(tmp_path, how, delay, *before)
     assert 0 < position < 101
     cli(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
-    same_fit(reference, tmp_path / "checkpoints/demo")
+    # Activations are float32, and other batches round otherwise.
+    rounding = {"rtol": 1e-5, "atol": 1e-4} if "--data.batch_size" in after else {}
+    same_fit(reference, tmp_path / "checkpoints/demo", **rounding)
 
 
 @pytest.mark.slow

@@ -63,8 +63,8 @@ class Schedule:
 class SteeringVectors:
     """One vector per site, added to the residual there.
 
-    Works on any forward pass of the model, in Hugging Face ``generate`` as well: a chunk of several tokens
-    is taken for a prompt, whose last position is step 0, and each single-token chunk for the next step.
+    Works on any forward pass of the model, in Hugging Face ``generate`` as well, if it uses a cache: a chunk of several
+    tokens is taken for a prompt, whose last position is step 0, and each single-token chunk for the next step.
 
     Args:
         vectors: Per site ``(d_model,)``, or ``(variants, d_model)`` for a batch in which each sample stands

@@ -124,26 +124,3 @@ class Rows:
         self.cache = picked(self.cache, rows)
         self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
         return rows.unsqueeze(1)
-
-
-def branches_agree(llm: LanguageModel, prompts: Tensor) -> bool:
-    """Whether a model understands branches: two branches of some tokens say what the tokens say by themselves.
-
-    Args:
-        llm: The model.
-        prompts: Any tokens, ``(batch, at least 3)``; all of them count, padding as well.
-    """
-    mask = torch.ones_like(prompts)
-    try:
-        with torch.no_grad():
-            cache = FullCache()
-            llm.forward(prompts[:, :-2], mask[:, :-2], positions_of(mask[:, :-2]), cache)
-            branches = Branches(llm, cache, mask[:, :-1], 2)
-            tokens = prompts[:, -2:]
-            branches.forward(tokens[:, :1].expand(-1, 2))
-            found = branches.forward(tokens[:, 1:].expand(-1, 2))
-            expected = llm.forward(prompts, mask, positions_of(mask))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
-        # Other caches, other masks: whatever a model cannot do with them, it decodes in rows instead.
-        return False
-    return all(torch.allclose(found[:, k], expected[:, -1], rtol=1e-3, atol=1e-3) for k in range(2))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from corrsteer_pl.models.branches import Branches, Rows, Run, branches_agree
+from corrsteer_pl.models.branches import Branches, Rows, Run
 from corrsteer_pl.models.cache import ROOM, FullCache, picked
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.prefix import SharedPrefix
+from corrsteer_pl.models.trials import FEWEST, can_branch, can_leave_out, require_rows
 
 # Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
@@ -100,6 +101,7 @@ class Decoder:
 
         Counted are the steps before the one that ends the sequence, and no step that reads BOS.
         """
+        self._try_rows(prompts)
         with reader.attached(self.llm.model) if reader else nullcontext():
             tokens = self._decode(*self._prefill(prompts, reader), reader)
         return self.llm.decode(tokens.ids, tokens.lengths)
@@ -120,6 +122,7 @@ class Decoder:
         Returns:
             ``texts[variant][sample]``.
         """
+        self._try_rows(prompts)
         if variants.changes_prompt and not self._warned:
             self._warned = True
             warnings.warn(
@@ -166,12 +169,13 @@ class Decoder:
             own = picked(cache, samples.repeat_interleave(count))
         return Rows(self.llm, own, repeated.attention_mask, count), repeated.input_ids[:, -1:]
 
+    def _try_rows(self, prompts: Prompts) -> None:
+        if prompts.input_ids.shape[1] >= FEWEST:
+            require_rows(self.llm, prompts.input_ids, self._empty_cache(prompts))
+
     def _can_branch(self, prompts: Prompts) -> bool:
-        if self.llm.model.dtype != torch.float32 or prompts.input_ids.shape[1] < 3:
-            return False
-        if self.llm.branches is None:
-            self.llm.branches = branches_agree(self.llm, prompts.input_ids[:2, -8:])
-        return self.llm.branches
+        enough = prompts.input_ids.shape[1] >= FEWEST
+        return self.llm.model.dtype == torch.float32 and enough and can_branch(self.llm, prompts.input_ids)
 
     def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
         """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
@@ -252,7 +256,7 @@ class Decoder:
         cache = self._empty_cache(prompts, branches)
         # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
         share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
-        if share and isinstance(cache, FullCache):
+        if share and isinstance(cache, FullCache) and can_leave_out(self.llm, ids):
             mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         if start < last:
@@ -267,12 +271,10 @@ class Decoder:
         self.llm.forward(ids, mask, positions_of(mask), cache)
         return cache
 
-    def _empty_cache(self, prompts: Prompts, branches: int) -> DynamicCache:
-        config = self.llm.config
-        ordinary = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        if branches or (ordinary and self._fits_window(prompts)):
+    def _empty_cache(self, prompts: Prompts, branches: int = 0) -> DynamicCache:
+        if branches or (self.llm.sees_by_mask and self._fits_window(prompts)):
             return FullCache(max(1, branches) * min(self.max_new_tokens, ROOM))
-        return DynamicCache(config=config)
+        return DynamicCache(config=self.llm.config)
 
     def _fits_window(self, prompts: Prompts) -> bool:
         window = getattr(self.llm.config, "sliding_window", None)

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ from corrsteer_pl.files import absolute
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.sites import name_blocks
 
+# What configurations call windows that layers count by themselves, from where keys stand in the cache.
+OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,14 +37,14 @@ class LanguageModel:
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
         placed: Whether it lies where it has to be, on several devices or quantised, and must not be moved.
-        branches: Whether it can read several continuations of a prompt in one sequence; None until it was tried.
+        abilities: What :mod:`~corrsteer_pl.models.trials` has found that it can do, or not.
     """
 
     name: str
     model: Any
     tokenizer: Any
     placed: bool = False
-    branches: bool | None = None
+    abilities: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -106,11 +108,21 @@ class LanguageModel:
 
     @property
     def cache_size_per_token(self) -> int:
-        """Numbers that the cache holds for each token of a sequence."""
+        """Numbers that the cache holds for each token of a sequence, about, where layers differ or have no heads."""
         config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head_dim
+        try:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        except (AttributeError, RuntimeError):
+            width = config.hidden_size
+        return 2 * config.num_hidden_layers * width
+
+    @property
+    def sees_by_mask(self) -> bool:
+        """Whether a mask alone, and a sliding window if any, says what a token sees, wherever that stands."""
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        counts = any(getattr(self.config, name, None) for name in OWN_COUNT)
+        return kinds <= {"full_attention", "sliding_attention"} and not counts
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -12,7 +12,7 @@ SHORTEST = 16
 
 
 class SharedPrefix:
-    """What the prompts of the first batch that share enough begin with, with its keys and values.
+    """What the first prompts that share enough begin with, with its keys and values.
 
     Args:
         read: Makes the cache of tokens ``(1, n)``.
@@ -21,6 +21,7 @@ class SharedPrefix:
     def __init__(self, read: Callable[[Tensor], FullCache]) -> None:
         self._read = read
         self._tokens: Sequence[int] = []
+        self._last: list[Sequence[int]] = []
         self._cache: FullCache | None = None
 
     def lay(self, ids: Tensor, mask: Tensor, cache: FullCache) -> Tensor:
@@ -36,9 +37,10 @@ class SharedPrefix:
             little.
         """
         prompts = [row[-kept:-1] for row, kept in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
-        if self._cache is None and len(prompts) == 1:
-            return mask
-        length = _common_length(prompts if self._cache is None else [self._tokens, *prompts])
+        # A prompt that comes alone is compared with the one before.
+        others = [self._tokens] if self._cache else self._last if len(prompts) == 1 else []
+        self._last = prompts[-1:]
+        length = _common_length([*others, *prompts]) if len(others) + len(prompts) > 1 else 0
         if length < SHORTEST:
             return mask
         if self._cache is None:

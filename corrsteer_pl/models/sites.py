@@ -61,9 +61,18 @@ class Site:
             - fn: ``(batch, sequence, d_model)`` to the same shape, or to None to leave it as it is.
         """
         block = decoder_blocks(model)[self.layer]
+
+        def checked(hidden: Tensor) -> Tensor | None:
+            if hidden.ndim != 3:
+                raise UserError(
+                    f"{self} of {type(model).__name__} has {hidden.ndim} dimensions instead of batch, sequence and "
+                    "width, so it is no residual stream. Choose another model."
+                )
+            return fn(hidden)
+
         if self.kind == "resid_pre":
-            return block.register_forward_pre_hook(_on_input(fn), with_kwargs=True)
-        return self._writer(block).register_forward_hook(_on_output(fn))
+            return block.register_forward_pre_hook(_on_input(checked), with_kwargs=True)
+        return self._writer(block).register_forward_hook(_on_output(checked))
 
     def _writer(self, block: nn.Module) -> nn.Module:
         """The module whose output is the tensor at this site."""
