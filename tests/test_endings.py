@@ -14,7 +14,8 @@ ENDS = 6
 
 @pytest.fixture
 def places(tiny):
-    """Tokens of every forward pass, rows times places."""
+    """Rows and places of every forward pass, except what is tried once with every model."""
+    Decoder(tiny, 1).compare(batch_of(tiny), SteeringVectors.stack([{}, vectors()], Schedule()))
     seen = []
     handle = tiny.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
