@@ -125,9 +125,16 @@ def test_restricted_decoding_chooses_among_the_allowed(llm):
     assert all(text.strip() in "ABCD" for text in texts)
 
 
-def test_a_prompt_of_one_token_can_be_continued(llm):
-    batch = batch_of(llm, [[1]])
-    assert Decoder(llm, 4).generate(batch) == hf_texts(llm, batch, 4)
+@pytest.mark.parametrize("prompts", [[[1]], [[5], [400], [7]], [[5, 6], [400]]])
+def test_prompts_of_a_token_or_two_can_be_continued(tiny, prompts):
+    batch, variants = batch_of(tiny, prompts), SteeringVectors.stack([{}, vectors(), vectors(seed=1)], Schedule())
+    expected = hf_texts(tiny, batch)
+    assert Decoder(tiny, NEW).generate(batch) == expected
+    for at_once in (None, 1):
+        unsteered, steered, _ = Decoder(tiny, NEW, variants_at_once=at_once).compare(batch, variants)
+        assert unsteered == expected
+        with SteeringVectors(vectors()).attached(tiny.model):
+            assert steered == hf_texts(tiny, batch)
 
 
 def test_two_generations_in_one_context_both_start_at_step_zero(llm):

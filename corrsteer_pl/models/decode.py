@@ -15,7 +15,7 @@ from corrsteer_pl.models.cache import ROOM, FullCache, picked
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.prefix import SharedPrefix
-from corrsteer_pl.models.trials import FEWEST, can_branch, can_leave_out, require_rows
+from corrsteer_pl.models.trials import can_branch, can_leave_out, require_rows
 
 # Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
@@ -101,7 +101,7 @@ class Decoder:
 
         Counted are the steps before the one that ends the sequence, and no step that reads BOS.
         """
-        self._try_rows(prompts)
+        require_rows(self.llm, self._empty_cache(prompts))
         with reader.attached(self.llm.model) if reader else nullcontext():
             tokens = self._decode(*self._prefill(prompts, reader), reader)
         return self.llm.decode(tokens.ids, tokens.lengths)
@@ -122,7 +122,7 @@ class Decoder:
         Returns:
             ``texts[variant][sample]``.
         """
-        self._try_rows(prompts)
+        require_rows(self.llm, self._empty_cache(prompts))
         if variants.changes_prompt and not self._warned:
             self._warned = True
             warnings.warn(
@@ -130,7 +130,8 @@ class Decoder:
                 "changes generated positions alone reads it once.",
                 stacklevel=2,
             )
-        branches = self._can_branch(prompts) if branches is None else branches
+        if branches is None:
+            branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
         parts = [self._compare(part, variants, branches) for part in self._parts(prompts, branches)]
         return [[text for part in parts for text in part[variant]] for variant in range(len(variants))]
 
@@ -168,14 +169,6 @@ class Decoder:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
         return Rows(self.llm, own, repeated.attention_mask, count), repeated.input_ids[:, -1:]
-
-    def _try_rows(self, prompts: Prompts) -> None:
-        if prompts.input_ids.shape[1] >= FEWEST:
-            require_rows(self.llm, prompts.input_ids, self._empty_cache(prompts))
-
-    def _can_branch(self, prompts: Prompts) -> bool:
-        enough = prompts.input_ids.shape[1] >= FEWEST
-        return self.llm.model.dtype == torch.float32 and enough and can_branch(self.llm, prompts.input_ids)
 
     def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
         """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
@@ -256,7 +249,7 @@ class Decoder:
         cache = self._empty_cache(prompts, branches)
         # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
         share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
-        if share and isinstance(cache, FullCache) and can_leave_out(self.llm, ids):
+        if share and isinstance(cache, FullCache) and can_leave_out(self.llm):
             mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         if start < last:

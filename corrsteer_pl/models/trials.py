@@ -13,43 +13,41 @@ from corrsteer_pl.models.llm import LanguageModel, positions_of
 
 # What models raise at caches and masks that they do not know.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
-# Tokens of a trial, at least and at most, and places that are left out between them.
-FEWEST, TOKENS, GAP = 3, 8, 32
+# Tokens of a trial, and places that are left out between them.
+TOKENS, GAP = 8, 32
 
 
-def can_branch(llm: LanguageModel, ids: Tensor) -> bool:
-    """Whether branches of a prompt say what their tokens say by themselves.
-
-    Args:
-        llm: The model.
-        ids: Any tokens, ``(batch, at least 3)``; all of them count, padding as well.
-    """
-    return _tried("branches", llm, lambda: llm.sees_by_mask and _branches_agree(llm, ids[:2, -TOKENS:]))
+def can_branch(llm: LanguageModel) -> bool:
+    """Whether branches of a prompt say what their tokens say by themselves."""
+    return _tried("branches", llm, lambda ids: llm.sees_by_mask and _branches_agree(llm, ids))
 
 
-def can_leave_out(llm: LanguageModel, ids: Tensor) -> bool:
-    """Whether tokens say the same if others stand between them, unseen; ``ids`` as for :func:`can_branch`."""
-    return _tried("gaps", llm, lambda: llm.sees_by_mask and _gaps_agree(llm, ids[:2, -TOKENS:]))
+def can_leave_out(llm: LanguageModel) -> bool:
+    """Whether tokens say the same if others stand between them, unseen."""
+    return _tried("gaps", llm, lambda ids: llm.sees_by_mask and _gaps_agree(llm, ids))
 
 
-def require_rows(llm: LanguageModel, ids: Tensor, cache: DynamicCache) -> None:
-    """See to it that rows of a cache go on as they would have; ``ids`` as for :func:`can_branch`, an empty ``cache``.
+def require_rows(llm: LanguageModel, cache: DynamicCache) -> None:
+    """See to it that rows of a cache, given empty, go on as they would have.
 
     Raises:
         UserError: They do not, so that nothing could be compared.
     """
-    if not _tried("rows", llm, lambda: _rows_agree(llm, ids[:2, -TOKENS:], cache)):
+    if not _tried("rows", llm, lambda ids: _rows_agree(llm, ids, cache)):
         raise UserError(
             f"{llm.name} ({type(llm.model).__name__}) keeps what it has read in a way that cannot be repeated or "
             "selected, so its answers cannot be compared. Choose a model whose cache transformers can reorder."
         )
 
 
-def _tried(ability: str, llm: LanguageModel, trial: Callable[[], bool]) -> bool:
+def _tried(ability: str, llm: LanguageModel, trial: Callable[[Tensor], bool]) -> bool:
     if ability not in llm.abilities:
+        # Different tokens, from the middle of the vocabulary, where they are text.
+        size = llm.config.vocab_size
+        ids = (size // 2 + torch.arange(2 * TOKENS, device=llm.device).view(2, TOKENS)) % size
         with torch.no_grad():
             try:
-                llm.abilities[ability] = trial()
+                llm.abilities[ability] = trial(ids)
             except REFUSALS:
                 llm.abilities[ability] = False
     return llm.abilities[ability]
