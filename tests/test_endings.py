@@ -55,9 +55,8 @@ def test_what_has_ended_leaves(tiny, places):
     assert rows[-1] <= decode.NEEDED * len(PROMPTS)
 
 
-@pytest.mark.parametrize("look_every", [1, 5])
 @pytest.mark.parametrize("branches", [True, False])
-@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize(("at_once", "look_every"), [(None, 1), (2, 5)])
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("first_k", 3), Schedule(decay=0.7)])
 def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once, schedule):
     if tiny.name == "qwen3_5" and branches:
