@@ -169,7 +169,7 @@ def _steered_decoding(world: World, options: Namespace) -> Row:
 
     return measure(
         f"steered decoding, {options.layers} blocks, {new} new tokens",
-        "unsteered decoding", 1.03, 2 * options.repeats + 1,
+        "unsteered decoding", 1.03, 4 * options.repeats + 1,
         lambda: run(True), lambda: run(False),
         lambda steered, unsteered: steered == 4 * by_hand != unsteered, faster=False,
     )  # fmt: skip

@@ -143,7 +143,7 @@ class SteeringVectors:
             run: Generations, each under the variant of its place; then every chunk is a decoding step. None if
                 variants stand side by side in the rows of a batch.
         """
-        clock = _Steps() if run else _Clock()
+        clock = (_Steps if run else _Clock)(self.schedule)
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(clock.tick, with_kwargs=True).remove)
             for site, vector in self.vectors.items():
@@ -151,34 +151,38 @@ class SteeringVectors:
             yield
 
     def _add(self, clock: "_Clock", placed: "_Placed", hidden: Tensor) -> Tensor | None:
-        weight = self.schedule.weight(clock.step)
-        if weight == 0:
+        if clock.weight == 0:
             return None
         vector = placed(hidden)
-        if placed.run or hidden.shape[1] == 1 or self.schedule.changes_prompt:
-            return torch.add(hidden, vector, alpha=weight)
-        return torch.cat([hidden[:, :-1], torch.add(hidden[:, -1:], vector, alpha=weight)], dim=1)
+        if hidden.shape[1] == 1 or placed.run or self.schedule.changes_prompt:
+            return torch.add(hidden, vector, alpha=clock.weight)
+        return torch.cat([hidden[:, :-1], torch.add(hidden[:, -1:], vector, alpha=clock.weight)], dim=1)
 
 
 class _Clock:
     """Counts decoding steps: a chunk of several tokens, or an empty cache, starts at 0."""
 
-    def __init__(self) -> None:
-        self.step = -1
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.step, self.weight = schedule, -1, 0.0
 
     def tick(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Go on to the step of a forward pass, and to its strength."""
+        self.step = 0 if self.starts(args, kwargs) else self.step + 1
+        self.weight = self.schedule.weight(self.step)
+
+    def starts(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward pass is the first of a generation."""
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         cache = kwargs.get("past_key_values")
-        starts = tokens.shape[1] > 1 or (cache is not None and cache.get_seq_length() == 0)
-        self.step = 0 if starts else self.step + 1
+        return tokens.shape[1] > 1 or (cache is not None and cache.get_seq_length() == 0)
 
 
 class _Steps(_Clock):
     """Counts every chunk as a decoding step."""
 
-    def tick(self, *_: Any) -> None:
-        self.step += 1
+    def starts(self, *_: Any) -> bool:
+        return False
 
 
 class _Placed:
