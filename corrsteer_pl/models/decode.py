@@ -101,7 +101,7 @@ class Decoder:
 
         Counted are the steps before the one that ends the sequence, and no step that reads BOS.
         """
-        require_rows(self.llm, self._empty_cache(prompts))
+        require_rows(self.llm)
         with reader.attached(self.llm.model) if reader else nullcontext():
             tokens = self._decode(*self._prefill(prompts, reader), reader)
         return self.llm.decode(tokens.ids, tokens.lengths)
@@ -122,7 +122,7 @@ class Decoder:
         Returns:
             ``texts[variant][sample]``.
         """
-        require_rows(self.llm, self._empty_cache(prompts))
+        require_rows(self.llm)
         if variants.changes_prompt and not self._warned:
             self._warned = True
             warnings.warn(

@@ -27,13 +27,13 @@ def can_leave_out(llm: LanguageModel) -> bool:
     return _tried("gaps", llm, lambda ids: llm.sees_by_mask and _gaps_agree(llm, ids))
 
 
-def require_rows(llm: LanguageModel, cache: DynamicCache) -> None:
-    """See to it that rows of a cache, given empty, go on as they would have.
+def require_rows(llm: LanguageModel) -> None:
+    """See to it that rows of the model's cache go on as they would have.
 
     Raises:
         UserError: They do not, so that nothing could be compared.
     """
-    if not _tried("rows", llm, lambda ids: _rows_agree(llm, ids, cache)):
+    if not _tried("rows", llm, lambda ids: _rows_agree(llm, ids)):
         raise UserError(
             f"{llm.name} ({type(llm.model).__name__}) keeps what it has read in a way that cannot be repeated or "
             "selected, so its answers cannot be compared. Choose a model whose cache transformers can reorder."
@@ -70,7 +70,8 @@ def _gaps_agree(llm: LanguageModel, ids: Tensor) -> bool:
     return _close(llm.forward(wide, mask, positions_of(mask))[:, -1], _at_once(llm, ids))
 
 
-def _rows_agree(llm: LanguageModel, ids: Tensor, cache: DynamicCache) -> bool:
+def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
+    cache = DynamicCache(config=llm.config)
     mask, rows = torch.ones_like(ids), torch.arange(len(ids), device=ids.device).flip(0).repeat(2)
     llm.forward(ids[:, :-2], mask[:, :-2], positions_of(mask[:, :-2]), cache)
     run = Rows(llm, picked(cache, rows), mask[rows, :-1])
