@@ -25,7 +25,7 @@ Fitted = tuple[list, list[float], list[float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``ours`` and ``plain`` are medians, in seconds."""
+    """One line of the table: medians of the seconds of both ways, and of the ratios of neighbours in time."""
 
     work: str
     against: str
@@ -49,12 +49,17 @@ def measure(
     same: Callable[[Any, Any], bool] = operator.eq,
     faster: bool = True,
 ) -> Row:
-    """Take both in turn; the ratio says how many times faster ours is, or how many times as long it takes."""
+    """Take both in turn; the ratio says how many times faster ours is, or how many times as long it takes.
+
+    It is the median of the pairs' ratios: what slows the machine for a while slows both of a pair.
+    """
     pairs = [(timed(ours), timed(other)) for _ in range(repeats)]
-    mine, theirs = (statistics.median(pair[i][0] for pair in pairs) for i in (0, 1))
-    ratio, limit = (theirs / mine, "at least") if faster else (mine / theirs, "at most")
+    seconds = [(mine, theirs) for (mine, _), (theirs, _) in pairs]
+    ratio = statistics.median(theirs / mine if faster else mine / theirs for mine, theirs in seconds)
+    mine, theirs = map(statistics.median, zip(*seconds, strict=True))
     agree = all(same(answer, expected) for (_, answer), (_, expected) in pairs)
-    return Row(work, against, mine, theirs, ratio, f"{limit} {wanted:g}", agree)
+    limit = f"at {'least' if faster else 'most'} {wanted:g}"
+    return Row(work, against, mine, theirs, ratio, limit, agree)
 
 
 def compare(world: World, prompts: Any, candidates: list, new: int) -> list[list[str]]:
