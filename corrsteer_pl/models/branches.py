@@ -81,17 +81,12 @@ class Branches:
         """As the model takes it: one for all layers, or one for each kind of layer."""
         config = self.llm.config
         window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
-        full = self._additive(self.visible)
+        full = _additive(self.visible, self.llm)
         if window is None or kinds == {"full_attention"}:
             return full
         near = self.next.unsqueeze(-1) - self.positions.unsqueeze(1) < window  # (B, 1, keys)
-        sliding = self._additive(self.visible & near)
+        sliding = _additive(self.visible & near, self.llm)
         return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        lowest = torch.finfo(self.llm.model.dtype).min
-        mask = torch.zeros(visible.shape, dtype=self.llm.model.dtype, device=visible.device)
-        return mask.masked_fill(~visible, lowest).unsqueeze(1)  # (B, 1, K, keys)
 
 
 class Rows:
@@ -102,18 +97,26 @@ class Rows:
         cache: Keys and values of every prompt token but the last, which is written to.
         attention_mask: ``(rows, prompt)``, 0 on padding.
         variants: How many rows there are of each prompt, side by side.
+        additive: Whether masks are additive ones, ``(rows, 1, 1, keys)``: transformers looks at the values of others at
+            each step, for which a GPU would have to be waited for.
     """
 
-    def __init__(self, llm: LanguageModel, cache: DynamicCache, attention_mask: Tensor, variants: int = 1) -> None:
-        self.llm, self.cache, self.mask = llm, cache, attention_mask
-        # Where nothing is hidden the model needs no mask; one would be looked at, and waited for, at each step.
+    def __init__(
+        self,
+        llm: LanguageModel,
+        cache: DynamicCache,
+        attention_mask: Tensor,
+        variants: int = 1,
+        additive: bool = False,
+    ) -> None:
+        self.llm, self.cache, self.mask, self.additive = llm, cache, attention_mask, additive
         self.hides = not bool(attention_mask.all())
         self.next = positions_of(attention_mask)[:, -1:]  # (rows, 1)
         self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token of every row, ``(rows, 1)``; the logits ``(rows, 1, vocabulary)`` after it."""
-        logits = self.llm.forward(tokens, self.mask if self.hides else None, self.next, self.cache)
+        logits = self.llm.forward(tokens, self._mask(), self.next, self.cache)
         self.next = self.next + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
@@ -124,3 +127,15 @@ class Rows:
         self.cache = picked(self.cache, rows)
         self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
         return rows.unsqueeze(1)
+
+    def _mask(self) -> Tensor | None:
+        if not self.hides:
+            return None
+        return _additive(self.mask.bool().unsqueeze(1), self.llm) if self.additive else self.mask
+
+
+def _additive(visible: Tensor, llm: LanguageModel) -> Tensor:
+    """A mask ``(batch, 1, places, keys)`` to add to the scores of attention, of what each place sees."""
+    dtype = llm.model.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)

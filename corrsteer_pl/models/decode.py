@@ -168,7 +168,11 @@ class Decoder:
         else:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
-        return Rows(self.llm, own, repeated.attention_mask, count), repeated.input_ids[:, -1:]
+        return self._rows(own, repeated, count), repeated.input_ids[:, -1:]
+
+    def _rows(self, cache: DynamicCache, prompts: Prompts, variants: int = 1) -> Rows:
+        additive = isinstance(cache, FullCache) and self.llm.attention == "sdpa" and can_branch(self.llm)
+        return Rows(self.llm, cache, prompts.attention_mask, variants, additive)
 
     def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
         """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
@@ -274,8 +278,7 @@ class Decoder:
         return window is None or prompts.input_ids.shape[1] + self.max_new_tokens <= window
 
     def _decode(self, prompts: Prompts, cache: Any, reader: PoolReader | None = None) -> Tokens:
-        rows = Rows(self.llm, cache, prompts.attention_mask)
-        return self._until_the_end(rows, prompts.input_ids[:, -1:], reader)
+        return self._until_the_end(self._rows(cache, prompts), prompts.input_ids[:, -1:], reader)
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.allowed is None:

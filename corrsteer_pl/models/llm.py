@@ -118,6 +118,11 @@ class LanguageModel:
         return 2 * config.num_hidden_layers * width
 
     @property
+    def attention(self) -> str:
+        """Which of transformers' implementations of attention is used: ``sdpa``, ``eager``, ..."""
+        return self.config._attn_implementation
+
+    @property
     def sees_by_mask(self) -> bool:
         """Whether a mask alone, and a sliding window if any, says what a token sees, wherever that stands."""
         kinds = set(getattr(self.config, "layer_types", None) or ())
