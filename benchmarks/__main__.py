@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import fits
 from benchmarks.rows import Row, rows
+from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_atomically, write_json
 
 FOLDER = Path(__file__).parent
@@ -22,8 +24,8 @@ RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADER = "| work | against | ours, s | plain, s | ratio | wanted | same answers |\n|---|---|---|---|---|---|---|\n"
 MEMORY = (
-    "| samples | layers | features | peak, MiB | ratio | of which the fit | predicted: sums | activations |\n"
-    "|---|---|---|---|---|---|---|---|\n"
+    "| samples | layers | features | peak, MiB | ratio | the fit's | predicted: sums | activations | variants |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
 )
 SCALING = "| processes | threads each | fit, s | ratio | same candidates |\n|---|---|---|---|---|\n"
 QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 40, "tokens": 40, "repeats": 1}
@@ -31,7 +33,7 @@ QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 4
 
 def parse(args: list[str]) -> Namespace:
     """The options of the command line."""
-    parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("--layers", type=positive, default=8, help="decoder blocks")
     parser.add_argument("--width", type=positive, default=512, help="width of the residual stream, a multiple of 64")
     parser.add_argument("--d_sae", type=positive, default=4096, help="features of each SAE")
@@ -46,6 +48,7 @@ def parse(args: list[str]) -> Namespace:
     options = parser.parse_args(args)
     if options.width % 64:
         parser.error(f"--width is {options.width}; it is a multiple of 64")
+    options.memory.sort()
     return options
 
 
@@ -58,10 +61,11 @@ def positive(text: str) -> int:
 
 def machine(options: Namespace) -> dict:
     """Where and on what was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip() or "unknown",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "sae-lens")},
@@ -79,7 +83,7 @@ def memory_line(peak: dict[str, Any], first: dict[str, Any]) -> str:
     """A row of the table of memory."""
     sizes = f"{peak['fit_prompts']} | {peak['layers']} | {peak['d_sae']}"
     found = f"{peak['peak']:.0f} | {peak['peak'] / first['peak']:.3f} | {peak['peak'] - peak['before']:.0f}"
-    return f"| {sizes} | {found} | {peak['sums']:.1f} | {peak['activations']:.1f} |\n"
+    return f"| {sizes} | {found} | {peak['sums']:.1f} | {peak['activations']:.1f} | {peak['variants']:.1f} |\n"
 
 
 def scaling_line(way: dict[str, Any]) -> str:
@@ -99,23 +103,28 @@ def write_readme(shown: str, about: dict) -> None:
 
 
 def main(args: list[str]) -> int:
-    """Measure; 1 if an answer of ours differs from the plain way's."""
+    """Measure; 1 if an answer of ours differs from the plain way's, 2 if nothing can be fitted at these sizes."""
     options = parse(args)
+    about = machine(options)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     measured, shown = [], HEADER
     sys.stdout.write(HEADER)
-    for row in rows(options):
-        measured.append(row)
-        shown += line(row)
-        sys.stdout.write(line(row))
-        sys.stdout.flush()
+    try:
+        for row in rows(options):
+            measured.append(row)
+            shown += line(row)
+            sys.stdout.write(line(row))
+            sys.stdout.flush()
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     if not options.quick:
         peaks, ways = list(fits.memory(options)), list(fits.scaling(options))
         shown += "\n" + MEMORY + "".join(memory_line(peak, peaks[0]) for peak in peaks)
         shown += "\n" + SCALING + "".join(map(scaling_line, ways))
-        about, found = machine(options), [row.as_dict() for row in measured]
+        found = [row.as_dict() for row in measured]
         write_json(RESULTS, {**about, "rows": found, "memory": peaks, "scaling": ways})
         write_readme(shown, about)
     return 0 if all(row.agree for row in measured) else 1

@@ -64,7 +64,8 @@ def plain_candidates(activations: dict[int, np.ndarray], rewards: list[float]) -
             centred, y = x.astype(float) - x.mean(0, dtype=float), np.array(rewards) - np.mean(rewards)
             r = np.nan_to_num(centred.T @ y / np.sqrt((centred**2).sum(0) * (y**2).sum()))
         for index, sign in ((int(r.argmax()), 1), (int(r.argmin()), -1)):
-            found.append((layer, index, sign * abs(float(x[right, index].mean(dtype=float)))))
+            if sign * r[index] > 0:
+                found.append((layer, index, sign * abs(float(x[right, index].mean(dtype=float)))))
     return found
 
 

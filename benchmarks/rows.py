@@ -98,15 +98,14 @@ def rows(options: Namespace) -> Iterator[Row]:
         f"test: baseline + steered, {n} prompts x {tokens} tokens, 1 new token",
         "two passes of Hugging Face generate", 1.8, repeats,
         lambda: compare(world, prompts, fourteen[:1], 1),
-        lambda: plain.plain_batched(world, prompts, fourteen[:1], 1, size=n),
+        lambda: plain.plain_batched(world, prompts, fourteen[:1], 1),
     )  # fmt: skip
     prefix = tokens * 500 // 330
     shots = world.prompts(n, max(8, tokens * 100 // 330), prefix)
     yield measure(
         f"few-shot: {n} prompts of {shots.input_ids.shape[1] - prefix} tokens after a common prefix of {prefix}",
         "re-reading the prefix", 2, repeats,
-        lambda: Decoder(world.llm, 1).generate(shots),
-        lambda: [text for ids in shots.input_ids.split(BATCH) for text in plain.generate(world, ids, 1)],
+        lambda: [Decoder(world.llm, 1).generate(shots)], lambda: plain.plain_batched(world, shots, [], 1),
     )  # fmt: skip
     yield _fit_pass(world, options)
     yield _steered_decoding(world, options)

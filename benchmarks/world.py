@@ -109,7 +109,6 @@ def make_world(layers: int, width: int, d_sae: int, sae_layers: int, seed: int =
 def _sae(layer: int, width: int, d_sae: int) -> SparseAutoencoder:
     site = Site(layer, "resid_post")
     sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=d_sae, metadata=SAEMetadata(hook_name=str(site))))
-    sae.b_enc.data.fill_(-0.5)
     return SparseAutoencoder(site, sae.eval().requires_grad_(False), str(site), site, {})
 
 
