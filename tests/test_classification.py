@@ -92,8 +92,8 @@ def test_a_probe_compares_variants_whatever_their_grouping(llm):
     vectors = [{}, {Site(0, "resid_post"): 3 * saes[0].direction(5)}, {Site(0, "resid_post"): -saes[0].direction(9)}]
     variants = SteeringVectors.stack(vectors, Schedule("all"))
     batch = batch_of(llm, TEXTS)
-    together = reading.compare(Decoder(llm, 1, variants_at_once=8), batch, variants)
-    alone = reading.compare(Decoder(llm, 1, variants_at_once=1), batch, variants)
+    together = reading.compare(Decoder(llm, 1, candidate_batch_size=8), batch, variants)
+    alone = reading.compare(Decoder(llm, 1, candidate_batch_size=1), batch, variants)
     assert len(together) == len(alone) == 3
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -379,8 +379,10 @@ def test_bad_settings_are_explained(tmp_path, hub):
         CorrSteer("demo", "demo", first_k=0)
     with pytest.raises(UserError, match=r"model.decay is 1.5; it is a factor"):
         CorrSteer("demo", "demo", decay=1.5)
-    with pytest.raises(UserError, match="model.variants_at_once is 0"):
-        CorrSteer("demo", "demo", variants_at_once=0)
+    with pytest.raises(UserError, match="model.candidate_batch_size is 0"):
+        CorrSteer("demo", "demo", candidate_batch_size=0)
+    with pytest.raises(UserError, match="model.candidate_batch_size is 'x'; it is a number of candidates"):
+        CorrSteer("demo", "demo", candidate_batch_size="x")
     with pytest.raises(UserError, match="model.dtype is 'int4'; choose one of float32, bfloat16, float16"):
         fit(CorrSteer("demo", "demo", dtype="int4"))
     with pytest.raises(UserError, match="'nowhere' could not be loaded as a causal language model"):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config
+from transformers import AutoModelForCausalLM, Gemma3Config, GenerationConfig
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
@@ -68,7 +68,7 @@ def adding(vector, start):
 @pytest.mark.parametrize("at_once", [1, 2, 3, 8])
 def test_variants_decoded_together_equal_variants_alone(tiny, at_once):
     batch, many = batch_of(tiny), [{}] + [vectors((layer,), seed=layer) for layer in (0, 1, 2)]
-    together = Decoder(tiny, NEW, variants_at_once=at_once).compare(batch, SteeringVectors.stack(many, Schedule()))
+    together = Decoder(tiny, NEW, candidate_batch_size=at_once).compare(batch, SteeringVectors.stack(many, Schedule()))
     assert len(together) == 4
     for variant, texts in zip(many, together, strict=True):
         with SteeringVectors(variant).attached(tiny.model):
@@ -130,8 +130,8 @@ def test_prompts_of_a_token_or_two_can_be_continued(tiny, prompts):
     batch, variants = batch_of(tiny, prompts), SteeringVectors.stack([{}, vectors(), vectors(seed=1)], Schedule())
     expected = hf_texts(tiny, batch)
     assert Decoder(tiny, NEW).generate(batch) == expected
-    for at_once in (None, 1):
-        unsteered, steered, _ = Decoder(tiny, NEW, variants_at_once=at_once).compare(batch, variants)
+    for at_once in ("auto", 1):
+        unsteered, steered, _ = Decoder(tiny, NEW, candidate_batch_size=at_once).compare(batch, variants)
         assert unsteered == expected
         with SteeringVectors(vectors()).attached(tiny.model):
             assert steered == hf_texts(tiny, batch)
@@ -210,6 +210,18 @@ def test_blocks_that_are_not_found_can_be_named(llm):
     assert decoder_blocks(model) is model.other
 
 
+def test_what_changes_greedy_choices_is_left_out_with_a_warning(llm, tmp_path, recwarn):
+    llm.model.save_pretrained(tmp_path)
+    llm.tokenizer.save_pretrained(tmp_path)
+    LanguageModel.load(str(tmp_path))
+    GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, num_beams=1).save_pretrained(tmp_path)
+    LanguageModel.load(str(tmp_path))
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
+    GenerationConfig(repetition_penalty=1.05, min_length=3).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="sets repetition_penalty, min_length, which is left out"):
+        LanguageModel.load(str(tmp_path))
+
+
 def test_a_model_with_a_device_map_is_not_moved():
     spread = LanguageModel.load("demo", device_map="cpu")
     assert spread.placed
@@ -233,7 +245,7 @@ def test_branches_equal_rows(tiny, kind, schedule):
     batch, variants = batch_of(tiny), SteeringVectors.stack(many, schedule)
     branches = Decoder(tiny, NEW).compare(batch, variants, branches=True)
     assert branches == Decoder(tiny, NEW).compare(batch, variants, branches=False)
-    assert branches == Decoder(tiny, NEW, variants_at_once=2).compare(batch, variants, branches=True)
+    assert branches == Decoder(tiny, NEW, candidate_batch_size=2).compare(batch, variants, branches=True)
     assert len({tuple(texts) for texts in branches}) > 2
 
 
@@ -300,7 +312,7 @@ def test_variants_share_a_pass_as_far_as_memory_goes(llm, monkeypatch):
     monkeypatch.setattr(decode, "BUDGET", 2**40)
     assert Decoder(llm, NEW).together(batch, 53, branches=False) == 53
     # As equally many in each pass as may be.
-    assert Decoder(llm, NEW, variants_at_once=20).together(batch, 53) == 18
+    assert Decoder(llm, NEW, candidate_batch_size=20).together(batch, 53) == 18
 
 
 def test_a_larger_gpu_takes_more_variants_at_once(monkeypatch):

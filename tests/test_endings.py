@@ -56,13 +56,13 @@ def test_what_has_ended_leaves(tiny, places):
 
 
 @pytest.mark.parametrize("branches", [True, False])
-@pytest.mark.parametrize(("at_once", "look_every"), [(None, 1), (2, 5)])
+@pytest.mark.parametrize(("at_once", "look_every"), [("auto", 1), (2, 5)])
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("first_k", 3), Schedule(decay=0.7)])
 def test_variants_are_those_of_hugging_face(tiny, look_every, branches, at_once, schedule):
     if tiny.name == "qwen3_5" and branches:
         pytest.skip("linear attention has no mask, and so no branches")
     many = [{}] + [vectors((seed % 3,), seed=seed, strength=1.5) for seed in range(4)]
-    batch, decoder = batch_of(tiny), ending(tiny, look_every, variants_at_once=at_once)
+    batch, decoder = batch_of(tiny), ending(tiny, look_every, candidate_batch_size=at_once)
     found = decoder.compare(batch, SteeringVectors.stack(many, schedule), branches)
     for variant, texts in zip(many, found, strict=True):
         with SteeringVectors(variant, schedule).attached(tiny.model):
@@ -105,7 +105,7 @@ def test_in_low_precision_groups_of_variants_keep_their_shape(tiny, places):
     tiny.model.to(torch.bfloat16)
     # The second group begins with a copy of the unsteered model, the first one's other variants end elsewhere.
     many = [{}, vectors(seed=1), vectors(strength=0.0), vectors(seed=2)]
-    unsteered, _, copied, _ = ending(tiny, variants_at_once=2).compare(
+    unsteered, _, copied, _ = ending(tiny, candidate_batch_size=2).compare(
         batch_of(tiny), SteeringVectors.stack(many, Schedule())
     )
     assert unsteered == copied

@@ -69,8 +69,8 @@ class CorrSteer(PairedEvaluation):
         sae_offload: Let SAEs rest in main memory and come to the GPU one by one while they are read, if not all fit.
         llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
-        variants_at_once: How many candidates of every prompt share a forward pass; None for as many as about a
-            gibibyte, or a sixteenth of a GPU's memory, allows.
+        candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
+            for as many as about a gibibyte, or a sixteenth of a GPU's memory, allows.
 
     Attributes:
         selection: What the fit chose, after validation; None before.
@@ -112,10 +112,10 @@ class CorrSteer(PairedEvaluation):
         sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         sae_offload: bool = False,
         llm_args: dict | None = None,
-        variants_at_once: int | None = None,
+        candidate_batch_size: int | str = "auto",
     ) -> None:
         llm, saes = local_name(llm), local_name(saes)
-        super().__init__(llm, dtype, llm_args, variants_at_once)
+        super().__init__(llm, dtype, llm_args, candidate_batch_size)
         self.save_hyperparameters()
         self.hparams["check_alignment"] = check_alignment or "off"
         self._check_options()

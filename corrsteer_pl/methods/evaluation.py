@@ -25,7 +25,7 @@ class PairedEvaluation(LightningModule, ABC):
         llm: Path or Hub id of the model, or ``demo``.
         dtype: Its precision: ``float32``, ``bfloat16`` or ``float16``.
         llm_args: Further options of :meth:`~corrsteer_pl.models.llm.LanguageModel.load`.
-        variants_at_once: How many variants of every prompt share a forward pass; None for as many as about a
+        candidate_batch_size: How many variants of every prompt share a forward pass; ``auto`` for as many as about a
             gibibyte, or a sixteenth of a GPU's memory, allows.
 
     Attributes:
@@ -38,15 +38,18 @@ class PairedEvaluation(LightningModule, ABC):
     decoder: Decoder
 
     def __init__(
-        self, llm: str, dtype: str = "float32", llm_args: dict | None = None, variants_at_once: int | None = None
+        self, llm: str, dtype: str = "float32", llm_args: dict | None = None, candidate_batch_size: int | str = "auto"
     ) -> None:
         super().__init__()
         known = [name for name in inspect.signature(LanguageModel.load).parameters if name not in ("name", "dtype")]
         check_options(LanguageModel.load, llm_args or {}, "model.llm_args", known)
-        if variants_at_once is not None and variants_at_once < 1:
-            raise UserError(f"model.variants_at_once is {variants_at_once}; it is a number of variants, at least 1.")
+        size = candidate_batch_size
+        if size != "auto" and not (isinstance(size, int) and size >= 1):
+            raise UserError(
+                f"model.candidate_batch_size is {size!r}; it is a number of candidates, at least 1, or auto."
+            )
         self.llm_name, self.dtype_name, self.llm_args = llm, dtype, llm_args or {}
-        self.variants_at_once = variants_at_once
+        self.candidate_batch_size = candidate_batch_size
         self.position = 0
         self.outcomes: list[Outcome] = []
         self.metrics: dict[str, Any] = {}
@@ -91,7 +94,7 @@ class PairedEvaluation(LightningModule, ABC):
         answers = self.datamodule.answers(self.llm, task)
         tokens = self.llm.single_tokens(answers) if answers else None
         allowed = tokens if self.datamodule.hparams["restrict"] else None
-        return Decoder(self.llm, task.max_new_tokens, allowed, self.variants_at_once)
+        return Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
 
     def check_processes(self, count: int) -> None:
         """See whether so many processes can each have the model.

@@ -65,13 +65,14 @@ class Decoder:
     """Greedy decoding of a batch, unsteered or in many steered variants from one prefill.
 
     Steering of generated positions cannot change the prompt's keys and values, so a variant costs its new
-    tokens and not its prompt. Equal token for token to Hugging Face ``generate(do_sample=False)`` in float32.
+    tokens and not its prompt. Equal token for token to Hugging Face ``generate(do_sample=False)`` in float32, if the
+    model's generation configuration asks for no penalty or other change of the logits.
 
     Args:
         llm: The model.
         max_new_tokens: Longest generation.
         allowed: If given, the only tokens that may be chosen.
-        variants_at_once: How many variants of every sample share a forward pass; None for as many as about
+        candidate_batch_size: How many variants of every sample share a forward pass; ``auto`` for as many as about
             a gibibyte, or a sixteenth of a GPU's memory, allows, and of branches no more than are worth their masks.
 
     Attributes:
@@ -84,12 +85,12 @@ class Decoder:
         llm: LanguageModel,
         max_new_tokens: int,
         allowed: Sequence[int] | None = None,
-        variants_at_once: int | None = None,
+        candidate_batch_size: int | str = "auto",
     ) -> None:
         self.llm = llm
         self.max_new_tokens = max_new_tokens
         self.allowed = None if allowed is None else torch.tensor(sorted(allowed), device=llm.device)
-        self.variants_at_once = variants_at_once
+        self.candidate_batch_size = candidate_batch_size
         self._warned = False
         self._prefix = SharedPrefix(self._read_prefix)
         self.look_every = 1 if llm.device.type == "cpu" else LOOK_EVERY
@@ -176,7 +177,8 @@ class Decoder:
 
     def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
         """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
-        most = self.variants_at_once or self._affordable(prompts, branches)
+        size = self.candidate_batch_size
+        most = size if isinstance(size, int) else self._affordable(prompts, branches)
         return -(-count // -(-count // most))
 
     def _affordable(self, prompts: Prompts, branches: bool) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,11 @@ from corrsteer_pl.files import absolute
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.sites import name_blocks
 
+# What a generation configuration may change greedy choices by, and what changes nothing.
+NEUTRAL = {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_eos_token_id": None,
+}  # fmt: skip
 # What configurations call windows that layers count by themselves, from where keys stand in the cache.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,6 +97,13 @@ class LanguageModel:
                 f"the {kind} {name!r} could not be loaded as a causal language model ({reason(error)}). Set model.llm "
                 "to a local folder, to the id of a model on the Hugging Face Hub, or to 'demo'."
             ) from error
+        asked = [key for key, off in NEUTRAL.items() if getattr(model.generation_config, key, None) not in (None, off)]
+        if asked:
+            warnings.warn(
+                f"the generation configuration of {name} sets {', '.join(asked)}, which is left out: every token is "
+                "the likeliest one, so answers can differ from those of transformers' generate.",
+                stacklevel=2,
+            )
         llm = cls(name, model.eval().requires_grad_(False), tokenizer, bool(device_map or quantize))
         if blocks is not None:
             name_blocks(model, blocks)
