@@ -96,7 +96,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     yield _whole_fit(world, options)
     yield measure(
         f"test: baseline + steered, {n} prompts x {tokens} tokens, 1 new token",
-        "two passes of Hugging Face generate", 1.8, repeats,
+        "two passes of plain_batched", 1.8, repeats,
         lambda: compare(world, prompts, fourteen[:1], 1),
         lambda: plain.plain_batched(world, prompts, fourteen[:1], 1),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     shots = world.prompts(n, max(8, tokens * 100 // 330), prefix)
     yield measure(
         f"few-shot: {n} prompts of {shots.input_ids.shape[1] - prefix} tokens after a common prefix of {prefix}",
-        "re-reading the prefix", 2, repeats,
+        "plain_batched, prefix and all", 2, repeats,
         lambda: [Decoder(world.llm, 1).generate(shots)], lambda: plain.plain_batched(world, shots, [], 1),
     )  # fmt: skip
     yield _fit_pass(world, options)
