@@ -97,13 +97,7 @@ class LanguageModel:
                 f"the {kind} {name!r} could not be loaded as a causal language model ({reason(error)}). Set model.llm "
                 "to a local folder, to the id of a model on the Hugging Face Hub, or to 'demo'."
             ) from error
-        asked = [key for key, off in NEUTRAL.items() if getattr(model.generation_config, key, None) not in (None, off)]
-        if asked:
-            warnings.warn(
-                f"the generation configuration of {name} sets {', '.join(asked)}, which is left out: every token is "
-                "the likeliest one, so answers can differ from those of transformers' generate.",
-                stacklevel=2,
-            )
+        _warn_of_penalties(name, model.generation_config)
         llm = cls(name, model.eval().requires_grad_(False), tokenizer, bool(device_map or quantize))
         if blocks is not None:
             name_blocks(model, blocks)
@@ -235,6 +229,16 @@ class LanguageModel:
         """Text of generated tokens ``(batch, steps)``, of which the first ``lengths[i]`` count."""
         rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _warn_of_penalties(name: str, config: Any) -> None:
+    asked = [option for option, off in NEUTRAL.items() if getattr(config, option, None) not in (None, off)]
+    if asked:
+        warnings.warn(
+            f"the generation configuration of {name} sets {', '.join(asked)}, which is left out: every token is the "
+            "likeliest one, so answers can differ from those of transformers' generate.",
+            stacklevel=3,
+        )
 
 
 def _quantization(bits: int) -> Any:
