@@ -2,7 +2,7 @@
 
 For both tasks and several seeds of the fit: the unsteered model, the pruned selection (``foreach``), and two
 controls on the same test questions. Random: features drawn uniformly from the same layers, with the same
-coefficients. Shuffled: the same fit with the rewards permuted within each batch, validated on true rewards.
+coefficients. Shuffled: the same fit with the rewards of all samples permuted, validated on true rewards.
 """
 
 import argparse
@@ -38,16 +38,30 @@ HEADER = (
 )
 
 
-class ShuffledRewards(CorrSteer):
-    """A fit that cannot learn anything: each batch's rewards are handed to the wrong samples."""
+class RecordedRewards(CorrSteer):
+    """A fit that keeps the reward of each sample, ``(samples,)``, in the order of the split."""
+
+    def on_fit_start(self) -> None:
+        """Make room for them."""
+        super().on_fit_start()
+        self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
 
     def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
-        """True rewards, permuted while fitting, ``(batch,)``."""
+        """True rewards, ``(batch,)``."""
         rewards = super().rewards(texts, batch, task)
-        if not self.trainer.training:
-            return rewards
-        order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(batch.end))
-        return rewards[order]
+        if self.trainer.training:
+            self.recorded[batch.rows] = rewards
+        return rewards
+
+
+class ShuffledRewards(CorrSteer):
+    """A fit that cannot learn anything: samples get the rewards of others, ``dealt (samples,)``."""
+
+    dealt: Tensor
+
+    def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
+        """Others' rewards while fitting, true ones in validation, ``(batch,)``."""
+        return self.dealt[batch.rows] if self.trainer.training else super().rewards(texts, batch, task)
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,11 @@ class Result:
 
 def run(task: str, seed: int) -> Result:
     """Fit, draw the controls, and test all of them on the same questions."""
-    module, data = _fitted(CorrSteer("demo", "demo"), task, seed)
-    shuffled, _ = _fitted(ShuffledRewards("demo", "demo"), task, seed)
+    module, shuffled = RecordedRewards("demo", "demo"), ShuffledRewards("demo", "demo")
+    data = _fit(module, task, seed)
+    order = torch.randperm(len(module.recorded), generator=torch.Generator().manual_seed(seed))
+    shuffled.dealt = module.recorded[order]
+    _fit(shuffled, task, seed)
     draws = [_random_vectors(module, seed * DRAWS + draw) for draw in range(DRAWS)]
     variants = [{}, module.steering_vectors(), shuffled.steering_vectors(), *draws]
     unsteered, steered, wrong, *others = test_rewards(module, data, variants)
@@ -83,13 +100,13 @@ def run(task: str, seed: int) -> Result:
     return Result(task, seed, metrics, [r.mean().item() for r in others], wrong.mean().item())
 
 
-def _fitted(module: CorrSteer, task: str, seed: int) -> tuple[CorrSteer, TaskDataModule]:
+def _fit(module: CorrSteer, task: str, seed: int) -> TaskDataModule:
     data = TaskDataModule(task, seed=seed, **FIT)
     Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, datamodule=data)  # fmt: skip
-    return module, data
+    return data
 
 
 def _random_vectors(module: CorrSteer, seed: int) -> dict[Site, Tensor]:
@@ -124,7 +141,7 @@ def table(results: list[Result], seconds: float) -> str:
         f"\nReward in percent on {prompts} test prompts; {FIT['train_size']} prompts to fit, {FIT['val_size']} to "
         "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
-        "the same fit with the rewards permuted, validated on true ones.\n"
+        "the same fit with the rewards of all prompts permuted, validated on true ones.\n"
         f"Measured at commit {commit or 'unknown'} with {torch.get_num_threads()} threads of {platform.machine()}, "
         f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.results`.\n"
     )
