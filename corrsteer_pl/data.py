@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -186,6 +187,7 @@ class TaskDataModule(LightningDataModule):
         if not 0 <= seed < 2**63:
             raise UserError(f"data.seed is {seed}; it is a whole number from 0 to 2**63 - 1.")
         self.examples: dict[Split, list[Example]] = {}
+        self.fingerprint = ""  # of the samples of a fit
         self.shots: list[Example] = []
         self._lengths: dict[Split, list[int]] = {}  # in tokens, of the splits whose prompts were read already
 
@@ -209,6 +211,8 @@ class TaskDataModule(LightningDataModule):
         self.shots = self._take_shots(found.get("train", []))
         chosen = {split: examples[: self.sizes[split]] for split, examples in found.items()}
         self.examples = {s: some if s == "train" else self.rows.in_order(some) for s, some in chosen.items()}
+        if stage == "fit":
+            self.fingerprint = _fingerprint(self.examples["train"])
         self._lengths = {}
         for split in NEEDED[stage]:
             if not self.examples.get(split):
@@ -358,6 +362,12 @@ class TaskDataModule(LightningDataModule):
                 raise UserError(f"{sentence}, and so do all {split} prompts. Shorten them, or take another model.")
             warnings.warn(f"{sentence}: {len(too_long)} of {len(pairs)} {split} prompts are left out.", stacklevel=2)
         return [example for example, _ in fits], [length for _, length in fits]
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """A short hash of prompts and gold answers in their order."""
+    text = "\0".join(f"{example.prompt}\0{example.gold}" for example in examples)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _by_length(lengths: Sequence[int], bucket: int) -> list[int]:

@@ -203,6 +203,9 @@ def test_equal_rewards_between_zero_and_one_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(data.task, "reward", lambda texts, examples: [0.7] * len(texts))
     with pytest.raises(UserError, match="all 120 rewards are 0.7"):
         fit(data=data)
+    monkeypatch.setattr(data.task, "reward", lambda texts, examples: [1.0])
+    with pytest.raises(UserError, match="gave 1 rewards for 32 responses; give one for each"):
+        fit(data=data)
     monkeypatch.setattr(data.task, "reward", lambda texts, examples: [float("nan")] * len(texts))
     with pytest.raises(UserError, match=r"the reward of demo_qa-train-\d+ is nan; .* lie between 0 and 1"):
         fit(data=data)
@@ -285,6 +288,27 @@ def test_a_checkpoint_of_another_model_or_sae_is_refused(tmp_path, fitted, llm):
             getattr(make_trainer(), run)(
                 CorrSteer("demo", saes), TaskDataModule(**SMALL), ckpt_path=tmp_path / "x.ckpt"
             )
+
+
+def test_a_fit_goes_on_with_its_own_samples_and_precision_alone(tmp_path):
+    rows = [{"prompt": f"Request: sing {i} songs\nResponse:", "a": ("Sure", "no")[i % 2]} for i in range(60)]
+    task = {"task": "generic", "path": str(tmp_path / "rows.jsonl"), "batch_size": 8}
+    task |= {"task_args": {"answer": "a", "reward": "contains", "max_new_tokens": 2}, "val_size": 8}
+
+    def go_on(**model):
+        checkpoint = tmp_path / "x.ckpt" if (tmp_path / "x.ckpt").exists() else None
+        trainer = make_trainer()
+        trainer.fit(CorrSteer("demo", "demo", layers=[1], **model), TaskDataModule(**task), ckpt_path=checkpoint)
+        return trainer
+
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    go_on().save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    go_on()
+    with pytest.raises(UserError, match="model.sae_dtype is bfloat16, but the checkpoint was fitted with float32"):
+        go_on(sae_dtype="bfloat16")
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, "prompt": row["prompt"].replace("sing", "play")} for row in rows])
+    with pytest.raises(UserError, match="samples of the fit are no longer those that the checkpoint has counted"):
+        go_on()
 
 
 def test_the_same_model_elsewhere_is_recognised(tmp_path, fitted, llm):

@@ -14,7 +14,7 @@ from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.candidates import leading_features, rank_features
 from corrsteer_pl.methods.evaluation import PairedEvaluation
 from corrsteer_pl.methods.probing import EVERYWHERE, ProbeReading
-from corrsteer_pl.methods.provenance import check_llm, check_saes, check_same_data, check_settled
+from corrsteer_pl.methods.provenance import check_llm, check_saes, check_same_data, check_samples, check_settled
 from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
@@ -379,7 +379,8 @@ class CorrSteer(PairedEvaluation):
         checkpoint["corrsteer_pl"] = {
             "position": self.position,
             "settled": {name: self.hparams[name] for name in SETTLED_BY_FIT},
-            "dtype": self.dtype_name,
+            "precision": {name: self.hparams[name] for name in ("dtype", "sae_dtype")},
+            "samples": self.datamodule.fingerprint,
             "llm": self.llm.identity,
             "saes": self._saes_identity,
             "selection": self.selection.as_dict() if self.selection else None,
@@ -402,8 +403,9 @@ class CorrSteer(PairedEvaluation):
             check_llm(stored["llm"], self.llm.identity)
             self._check_saes(stored["saes"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_settled({"dtype": stored["dtype"]}, self.hparams)
+            check_settled(stored["precision"], self.hparams)
             check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
+            check_samples(stored["samples"], self.datamodule.fingerprint)
         self._saes_identity = stored["saes"]
         self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
         if stored["selection"] is not None:

@@ -47,6 +47,19 @@ def check_saes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         )
 
 
+def check_samples(stored: str, own: str) -> None:
+    """Refuse to go on with a fit on samples that have changed, by their fingerprints.
+
+    Raises:
+        UserError: They differ.
+    """
+    if stored != own:
+        raise UserError(
+            "the samples of the fit are no longer those that the checkpoint has counted some of. Restore the data, or "
+            "fit from the beginning without --ckpt_path."
+        )
+
+
 def check_same_data(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse to go on with a fit on other data; the batch size alone may change.
 
