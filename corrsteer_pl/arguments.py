@@ -25,11 +25,12 @@ SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "conf
 NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args")
 # Options whose value the tag of a test names when it is not the checkpoint's.
 TAGGED = {
-    "model": ("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype"),
+    "model": ("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     "data": (
-        "path", "subset", "task_args", "filter", "test_split", "test_size", "chat_template", "shots", "restrict",
-        "reverse", "seed",
+        "path", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size", "chat_template",
+        "shots", "restrict", "reverse", "seed",
     ),
+    "trainer": ("limit_test_batches", "limit_predict_batches"),
 }  # fmt: skip
 
 
@@ -107,8 +108,13 @@ def _changed(given: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     tagged = [f"{part}.{name}" for part, names in TAGGED.items() for name in names]
     keys = [key for option in tagged for key in given if key == option or key.startswith(f"{option}.")]
     values = {key: absolute(given[key]) if key == "data.path" else given[key] for key in keys}
-    changed = [key for key in keys if str(values[key]).lower() != str(settings.get(key)).lower()]
+    changed = [key for key in keys if _read(values[key]) != _read(settings.get(key))]
     return [f"{key.partition('.')[2]}-{_short(given[key])}" for key in changed]
+
+
+def _read(value: Any) -> Any:
+    """A value by which 1 is 1.0 and True is true, as text or as what it means."""
+    return parsed(str(value).lower())
 
 
 def _short(value: Any) -> str:

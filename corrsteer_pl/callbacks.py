@@ -17,7 +17,8 @@ class RunFiles(Checkpoint):
     """Writes a run's results below the trainer's ``default_root_dir``, each file whole or not at all.
 
     ``last.ckpt``, ``selection.json`` and ``steering.safetensors`` by a fit; ``test/<task>[-<tag>]/metrics.json``
-    and ``outcomes.jsonl`` by a test; ``predict/<task>[-<tag>].jsonl`` by a prediction.
+    and ``outcomes.jsonl`` by a test; ``predict/<task>[-<tag>].jsonl`` by a prediction. A trial run (``fast_dev_run``)
+    writes nothing.
 
     Args:
         every_n_train_steps: How often an unfinished fit is saved, in steps.
@@ -57,7 +58,7 @@ class RunFiles(Checkpoint):
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the comparison."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not pl_module.trainer.fast_dev_run:
             task = pl_module.datamodule.hparams["task"]
             self.written = self._folder(trainer) / "test" / self._tagged(task)
             settings = {"task": task, "split": "test", "model": pl_module.llm.name, "scale": pl_module.hparams["scale"]}
@@ -71,7 +72,7 @@ class RunFiles(Checkpoint):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the texts."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not pl_module.trainer.fast_dev_run:
             name = self._tagged(pl_module.datamodule.hparams["task"])
             self.written = self._folder(trainer) / "predict" / f"{name}.jsonl"
             write_jsonl(self.written, pl_module.predictions)

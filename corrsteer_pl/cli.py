@@ -188,7 +188,8 @@ class _Cli(LightningCLI):
 
     @property
     def _written(self) -> str:
-        return f"Written to {self._get(self.config_init, 'results').written}."
+        written = self._get(self.config_init, "results").written
+        return f"Written to {written}." if written else "A trial run: nothing was written."
 
     def _show(self, *items: Any) -> None:
         if self.trainer.is_global_zero:

@@ -73,9 +73,16 @@ def test_results_of_other_settings_stand_elsewhere(tmp_path, monkeypatch):
     assert main([*test, "--data.test_size", "7"]) == 0
     assert main([*test, "--data.filter", "{answer: 0}", "--model.scale=2"]) == 0
     assert main([*test, "--data.seed=1"]) == 0
+    assert main([*test, "--trainer.limit_test_batches=1", "--model.llm_args={attn_implementation: eager}"]) == 0
+    assert main([*test, "--model.scale=1", "--data.restrict=False"]) == 0
     folders = {path.name for path in Path("checkpoints/demo/test").iterdir()}
-    assert folders == {"demo_qa", "demo_qa-test_size-7", "demo_qa-scale-2-filter.answer-0", "demo_qa-seed-1"}
-    assert json.loads(Path("checkpoints/demo/test/demo_qa/metrics.json").read_text())["n"] == 20
+    other = {"demo_qa-test_size-7", "demo_qa-scale-2-filter.answer-0", "demo_qa-seed-1"}
+    assert folders == {"demo_qa", *other, "demo_qa-llm_args.attn_implementation-eager-limit_test_batches-1"}
+    written = Path("checkpoints/demo/test/demo_qa/metrics.json")
+    assert json.loads(written.read_text())["n"] == 20
+    before = written.read_bytes()
+    assert main([*test, "--trainer.fast_dev_run=true"]) == 0
+    assert written.read_bytes() == before
 
 
 @pytest.mark.parametrize(
