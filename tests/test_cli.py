@@ -157,6 +157,15 @@ def test_fast_dev_run(here):
         (["fit", "--config", "demo.yaml", "--data.train_size", "-5"], "data.train_size is -5"),
         (["fit", "--config", "demo.yaml", "--model.layers", "[]"], "model.layers is empty"),
         (["fit", "--config", "demo.yaml", "--trainer.min_epochs", "2"], "would count every sample twice"),
+        (
+            ["fit", "--config", "demo.yaml", "--trainer.max_epochs", "0"],
+            "--trainer.max_epochs is 0, which leaves nothing",
+        ),
+        (
+            ["fit", "--config", "demo.yaml", "--trainer.max_steps", "0"],
+            "--trainer.max_steps is 0, which leaves nothing",
+        ),
+        (["fit", "--config", "demo.yaml", "--trainer.limit_train_batches", "0"], "limit_train_batches is 0, which"),
         (["test"], "test needs the checkpoint of a fit. Give it with --ckpt_path"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "the checkpoint 'nowhere.ckpt' does not exist"),
         (["predict", "--ckpt_path", "last"], "last.ckpt' does not exist"),

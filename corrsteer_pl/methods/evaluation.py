@@ -17,6 +17,13 @@ from corrsteer_pl.options import check_options
 from corrsteer_pl.strategy import gather_lists, prepare
 from corrsteer_pl.tasks import Task
 
+# Trainer options without which a stage has no step.
+STEPS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches"),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+
 
 class PairedEvaluation(LightningModule, ABC):
     """A frozen language model, and ``test_step`` and ``predict_step`` that compare it with a changed one.
@@ -78,6 +85,11 @@ class PairedEvaluation(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load the language model onto this process's device, and what the task's reward needs."""
+        for option in STEPS.get(stage, ()):
+            if getattr(self.trainer, option) == 0:
+                raise UserError(
+                    f"--trainer.{option} is 0, which leaves nothing to do. Leave it out, or set it above 0."
+                )
         prepare(self.trainer)
         if not hasattr(self, "llm"):
             self.check_processes(self.trainer.world_size)
@@ -115,6 +127,10 @@ class PairedEvaluation(LightningModule, ABC):
     def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
         """Rewards of one response per sample, ``(batch,)`` float64."""
         rewards = task.reward(texts, batch.examples)
+        if len(rewards) != len(texts):
+            raise UserError(
+                f"{task.reward_name} gave {len(rewards)} rewards for {len(texts)} responses; give one for each."
+            )
         for reward, example in zip(rewards, batch.examples, strict=True):
             if not 0 <= reward <= 1:
                 raise UserError(f"the reward of {example.id} is {reward}; a task's rewards lie between 0 and 1.")
@@ -141,8 +157,6 @@ class PairedEvaluation(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Bring the outcomes of all processes together and compare."""
         numbered = sorted(gather_lists(self._numbered), key=lambda pair: pair[0])
-        if not numbered:
-            raise UserError("no test sample was evaluated. Leave --trainer.limit_test_batches out or above 0.")
         self.outcomes = [outcome for _, outcome in numbered]
         self.metrics = compare_outcomes(self.outcomes)
         examples = [self.datamodule.examples["test"][row] for row, _ in numbered]
