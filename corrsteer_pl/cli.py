@@ -96,9 +96,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except SIGTERMException:
         # Lightning ends with status 0, which a job scheduler takes for success.
-        sys.stderr.write("stopped by SIGTERM; a fit goes on from its last checkpoint with --ckpt_path last\n")
-        return 128 + signal.SIGTERM
+        return _stopped(signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _stopped(signal.SIGINT)
+    except SystemExit as end:
+        # Lightning's own end after Ctrl-C.
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        return _stopped(signal.SIGINT)
     return 0
+
+
+def _stopped(how: signal.Signals) -> int:
+    sys.stderr.write(f"stopped by {how.name}; a fit goes on from its last checkpoint with --ckpt_path last\n")
+    return 128 + how
 
 
 def _check_command(args: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
         time.sleep(0.005)
     time.sleep(seconds_after_first_checkpoint)
     os.killpg(process.pid, how)  # its own processes alone: it leads a session
-    assert process.wait(timeout=60) == (128 + how if how == signal.SIGTERM else -how)
+    assert process.wait(timeout=60) == (-how if how == signal.SIGKILL else 128 + how)
     return torch.load(last, weights_only=True)["corrsteer_pl"]["position"]
 
 
@@ -127,11 +127,19 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
     [
         (signal.SIGKILL, 0.0, [], []),
         (signal.SIGTERM, 0.3, [], []),
+        (signal.SIGINT, 0.3, [], []),
         (signal.SIGKILL, 0.2, TWO, []),
         (signal.SIGKILL, 0.1, TWO, TWO),
         (signal.SIGTERM, 0.3, [], ["--data.batch_size", "5"]),
     ],
-    ids=["kill", "term", "kill two, resume on one", "kill two, resume on two", "term, go on in other batches"],
+    ids=[
+        "kill",
+        "term",
+        "interrupt",
+        "kill two, resume on one",
+        "kill two, resume on two",
+        "term, go on in other batches",
+    ],
 )
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
     position = interrupted(tmp_path, how, delay, *before)
