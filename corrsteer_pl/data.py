@@ -241,10 +241,15 @@ class TaskDataModule(LightningDataModule):
         return {"train": self.fit_rows.whole("train", seed), **self.rows.examples(rest, seed)}
 
     def _take_shots(self, examples: list[Example]) -> list[Example]:
-        shots, examples[:] = examples[: self.hparams["shots"]], examples[self.hparams["shots"] :]
+        count = self.hparams["shots"]
+        if 0 < len(examples) <= count:
+            raise UserError(
+                f"data.shots is {count}, but the fit split has {len(examples)} examples, and loses its shots."
+            )
+        shots, examples[:] = examples[:count], examples[count:]
         if unsolved := [shot for shot in shots if shot.solution is None]:
             raise UserError(
-                f"data.shots is {self.hparams['shots']}, but {unsolved[0].id} has no solution to show: "
+                f"data.shots is {count}, but {unsolved[0].id} has no solution to show: "
                 f"the task {self.fit_rows.name} judges responses without one. Leave it out."
             )
         return shots

@@ -166,6 +166,7 @@ def test_fast_dev_run(here):
             "--trainer.max_steps is 0, which leaves nothing",
         ),
         (["fit", "--config", "demo.yaml", "--trainer.limit_train_batches", "0"], "limit_train_batches is 0, which"),
+        (["fit", "--config", "demo.yaml", "--data.shots", "100000"], "data.shots is 100000, but the fit split has"),
         (["test"], "test needs the checkpoint of a fit. Give it with --ckpt_path"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "the checkpoint 'nowhere.ckpt' does not exist"),
         (["predict", "--ckpt_path", "last"], "last.ckpt' does not exist"),

@@ -337,8 +337,8 @@ class CorrSteer(PairedEvaluation):
         """
         if self.selection is None:
             raise UserError(
-                "the module has not been fitted: there is no selection. Run fit first, or give a checkpoint of a "
-                "finished fit with --ckpt_path."
+                "the module has not been fitted: there is no selection. Run fit first, with --ckpt_path last if it was "
+                "interrupted, or give the checkpoint of a finished fit with --ckpt_path."
             )
         return self._vectors(self.selection.features)
 
