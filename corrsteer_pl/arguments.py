@@ -108,13 +108,8 @@ def _changed(given: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     tagged = [f"{part}.{name}" for part, names in TAGGED.items() for name in names]
     keys = [key for option in tagged for key in given if key == option or key.startswith(f"{option}.")]
     values = {key: absolute(given[key]) if key == "data.path" else given[key] for key in keys}
-    changed = [key for key in keys if _read(values[key]) != _read(settings.get(key))]
+    changed = [key for key in keys if parsed(values[key]) != parsed(settings.get(key))]
     return [f"{key.partition('.')[2]}-{_short(given[key])}" for key in changed]
-
-
-def _read(value: Any) -> Any:
-    """A value by which 1 is 1.0 and True is true, as text or as what it means."""
-    return parsed(str(value).lower())
 
 
 def _short(value: Any) -> str:
