@@ -94,6 +94,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
+    except MisconfigurationException as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return 2
     except SIGTERMException:
         # Lightning ends with status 0, which a job scheduler takes for success.
         return _stopped(signal.SIGTERM)

@@ -193,6 +193,11 @@ def test_bad_checkpoints_are_one_sentence(here, capsys, tmp_path):
     assert "has not been fitted" in error
 
 
+@pytest.mark.parametrize(("limit", "sentence"), [("0", "which leaves nothing to do"), ("0.001", "limit_test_batches")])
+def test_tests_of_nothing_are_one_sentence(here, capsys, limit, sentence):
+    assert sentence in refused(capsys, "test", "--ckpt_path", CKPT, "--trainer.limit_test_batches", limit)
+
+
 def test_options_that_a_fit_settles_cannot_be_changed(here, capsys):
     assert "model.pool is mean" in refused(capsys, "test", "--ckpt_path", CKPT, "--model.pool", "mean")
     assert "model.site is resid_pre" in refused(capsys, "test", "--ckpt_path", CKPT, "--model.site", "resid_pre")
