@@ -2,8 +2,6 @@
 
 import logging
 import platform
-import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +16,7 @@ from benchmarks import fits
 from benchmarks.rows import Row, rows
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_atomically, write_json
+from corrsteer_pl.version import commit
 
 FOLDER = Path(__file__).parent
 RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
@@ -61,11 +60,9 @@ def positive(text: str) -> int:
 
 def machine(options: Namespace) -> dict:
     """Where and on what was measured."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.strip() or "unknown",
+        "commit": commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "dtype": "float32",
         "versions": {name: version(name) for name in ("torch", "transformers", "lightning", "sae-lens")},

@@ -1,3 +1,16 @@
-"""The version, readable without importing anything else."""
+"""The version, and the commit, readable without importing anything large."""
+
+import shutil
+import subprocess
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+
+def commit() -> str:
+    """The commit of the checkout that this package lies in, ``-dirty`` if files differ from it, or ``unknown``."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"

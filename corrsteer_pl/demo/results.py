@@ -7,7 +7,6 @@ coefficients. Shuffled: the same fit with the rewards of all samples permuted, v
 
 import argparse
 import platform
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.tasks import Task
+from corrsteer_pl.version import commit
 
 TASKS = ("demo_qa", "demo_refusal")
 SEEDS = (0, 1, 2)
@@ -132,9 +132,6 @@ def test_rewards(module: CorrSteer, data: TaskDataModule, variants: list[dict[Si
 
 def table(results: list[Result], seconds: float) -> str:
     """The results as Markdown, with what a reader needs to judge them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    ).stdout.strip()
     n = {result.task: result.metrics["n"] for result in results}
     prompts = " and ".join(f"{count} {task}" for task, count in n.items())
     note = (
@@ -142,7 +139,7 @@ def table(results: list[Result], seconds: float) -> str:
         "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
         "the same fit with the rewards of all prompts permuted, validated on true ones.\n"
-        f"Measured at commit {commit or 'unknown'} with {torch.get_num_threads()} threads of {platform.machine()}, "
+        f"Measured at commit {commit()} with {torch.get_num_threads()} threads of {platform.machine()}, "
         f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.results`.\n"
     )
     return HEADER + "".join(map(str, results)) + note
