@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.world import BATCH, fit, make_world, no_sums, timed
-from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.decoding.decode import Decoder
 
 MIB = 2**20
 # The allocator gives back what is freed, instead of keeping it for later.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from benchmarks.world import BOS, EOS, PAD, NumberTokenizer, World, as_prompts, fit_pass, no_sums
 from corrsteer_pl.files import write_json
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder, place
 from corrsteer_pl.models.sites import Site

@@ -16,7 +16,7 @@ from benchmarks import plain
 from benchmarks.world import BATCH, World, fit, fit_pass, is_even, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.sites import Site
 
 # Layer and index of candidates, their coefficients, and the rewards of the unsteered model and of each.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.models.decode import Decoder
+from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder

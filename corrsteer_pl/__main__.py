@@ -2,7 +2,7 @@
 
 import sys
 
-from corrsteer_pl.cli import main
+from corrsteer_pl.cli.lightning import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,8 @@
-"""Whether named options are those of a function, and of the right kind."""
+"""Options by name, and what a user names by an import path."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -59,3 +60,28 @@ def _named(hint: Any) -> str:
     names = {"Sequence": "a list", "list": "a list", "dict": "options by name", "bool": "true or false"}
     name = (get_origin(hint) or hint).__name__
     return names.get(name, name)
+
+
+def imported(path: str, unknown: str) -> Any:
+    """The object of an import path, ``package.module.name``.
+
+    Args:
+        path: Where it is.
+        unknown: The sentence for the user if there is no such module or name.
+
+    Raises:
+        UserError: There is none, or its module cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise UserError(unknown)
+    try:
+        return getattr(import_module(module), name)
+    except AttributeError as error:
+        raise UserError(unknown) from error
+    except ModuleNotFoundError as error:
+        if module.startswith(error.name or module):
+            raise UserError(unknown) from error
+        raise UserError(f"{path} is in a module that cannot be imported ({error}).") from error
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"{path} is in a module that cannot be imported ({error}).") from error

@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from corrsteer_pl.cli import quieten_lightning
+from corrsteer_pl.cli.lightning import quieten_lightning
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.evaluation.paired import paired_metrics
-from corrsteer_pl.evaluation.report import percent
+from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.models.branches import Run
+from corrsteer_pl.models.decoding.branches import Run
 from corrsteer_pl.models.sites import Site
 
 POSITIONS = ("generated", "all", "prompt_last", "first_k")

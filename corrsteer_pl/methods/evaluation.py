@@ -11,7 +11,7 @@ from torch import Tensor
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes
-from corrsteer_pl.models.decode import Decoder, Intervention
+from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.options import check_options
 from corrsteer_pl.strategy import gather_lists, prepare

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.models.decode import Decoder, Prompts
+from corrsteer_pl.models.decoding.decode import Decoder, Prompts
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.stats import Probe

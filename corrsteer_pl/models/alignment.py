@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.decode import Prompts
+from corrsteer_pl.models.decoding.decode import Prompts
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site

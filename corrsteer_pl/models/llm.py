@@ -43,7 +43,7 @@ class LanguageModel:
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
         placed: Whether it lies where it has to be, on several devices or quantised, and must not be moved.
-        abilities: What :mod:`~corrsteer_pl.models.trials` has found that it can do, or not.
+        abilities: What :mod:`~corrsteer_pl.models.decoding.trials` has found that it can do, or not.
     """
 
     name: str

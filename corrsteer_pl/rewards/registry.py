@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.imports import imported
+from corrsteer_pl.options import imported
 from corrsteer_pl.rewards import text
 from corrsteer_pl.rewards.base import Reward, TextReward
 

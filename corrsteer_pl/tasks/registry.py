@@ -4,8 +4,7 @@ import inspect
 from typing import Any
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.imports import imported
-from corrsteer_pl.options import check_options
+from corrsteer_pl.options import check_options, imported
 from corrsteer_pl.tasks.base import Task
 from corrsteer_pl.tasks.bbq import BBQ
 from corrsteer_pl.tasks.choice import MultipleChoice

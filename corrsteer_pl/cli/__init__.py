@@ -1,0 +1,1 @@
+"""What the user typed: commands, options, and Lightning's command line."""

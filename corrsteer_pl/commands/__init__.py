@@ -1,0 +1,1 @@
+"""One file per command that is not a stage of the Trainer."""

@@ -1,0 +1,314 @@
+"""From rows on disk to left-padded batches: splits, shards, and the place where a fit goes on."""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from corrsteer_pl.data.batches import Shard
+from corrsteer_pl.data.splits import SPLITS, Split, TaskData, without_overlap
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import absolute
+from corrsteer_pl.options import check_options
+from corrsteer_pl.tasks import Example, Task
+
+# Prompts are sorted by length among so many, whatever the batch size, so that a fit can go on with another one.
+BUCKET = 512
+NEEDED: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+
+
+class TaskDataModule(LightningDataModule):
+    """A task's rows, split, turned into prompts, tokenised with the trained module's tokenizer, and batched.
+
+    Splits are disjoint: each is a split of the data, or a share of the split that several of them name; prompts
+    that stand in two are left out of the earlier one. Which rows are taken, and the order in which a fit sees
+    them, depend on the seed alone. Fit, validation and test have the same prompt settings.
+
+    Args:
+        task: Name of a task, or the import path of a :class:`~corrsteer_pl.tasks.Task` of your own.
+        path: A JSONL, CSV or parquet file, a folder with one such file per split, or the id of a data set on the
+            Hugging Face Hub; None for the task's own data.
+        task_args: Options of the task, such as column names.
+        subset: Named configuration of the data set, or a list of several that are read one after the other.
+        filter: Columns with the value, or the list of values, that are kept: ``{context_condition: ambig}``.
+        train_split: Which split is fitted on, ``all`` for all together; the same name for several splits divides
+            it between them (by default half to fit, a tenth to validation, four tenths to test).
+        val_split: The same for validation.
+        test_split: The same for test.
+        fit_on: Another task to fit on, all of its ``train_split``, with its own ``task``, ``path``, ``subset``,
+            ``task_args`` and ``filter``; validation and test stay with ``task``.
+        train_size: At most so many samples are fitted on.
+        val_size: At most so many validation samples.
+        test_size: At most so many test samples; None takes all.
+        batch_size: Prompts per process and step.
+        chat_template: Whether prompts become turns of a chat; None for whenever the tokenizer has a template.
+        shots: How many solved examples stand before each prompt. They are taken from the fit split, which loses
+            them.
+        restrict: Allow only the task's answer tokens when decoding.
+        reverse: Reward one minus the reward, for steering away from what the task rewards.
+        sort_by_length: Put prompts of like length into one batch, for less padding. Results stand in the order of the
+            rows all the same, and do not change but for rounding.
+        seed: Seed of the splits and their order.
+    """
+
+    def __init__(
+        self,
+        task: str = "demo_qa",
+        path: str | None = None,
+        task_args: dict | None = None,
+        subset: str | list[str] | None = None,
+        filter: dict | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        fit_on: dict | None = None,
+        train_size: int = 4000,
+        val_size: int = 200,
+        test_size: int | None = None,
+        batch_size: int = 32,
+        chat_template: bool | None = None,
+        shots: int = 0,
+        restrict: bool = False,
+        reverse: bool = False,
+        sort_by_length: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # So that a checkpoint finds them from anywhere.
+        self.hparams["path"] = path = path and absolute(path)
+        if fit_on and isinstance(fit_on.get("path"), str):
+            self.hparams["fit_on"] = fit_on = {**fit_on, "path": absolute(fit_on["path"])}
+        self.rows = TaskData(task, path, task_args, subset, filter, train_split, val_split, test_split)
+        self.fit_rows = _fit_rows(fit_on) if fit_on else self.rows
+        self.sizes: dict[Split, int | None] = {"train": train_size, "validation": val_size, "test": test_size}
+        if negative := [f"data.{n}_size is {s}" for n, s in self.sizes.items() if s is not None and s < 0]:
+            raise UserError(f"{negative[0]}; it is a number of samples, at least 0.")
+        if batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size}; it is a number of prompts, at least 1.")
+        if shots < 0:
+            raise UserError(f"data.shots is {shots}; it is a number of examples, at least 0.")
+        if restrict and not (self.task.answers and self.fit_task.answers):
+            raise UserError(f"data.restrict needs a task with answer letters; {task} has free text. Leave it out.")
+        if self.fit_task.generates < self.task.generates and shots:
+            raise UserError(
+                "data.shots takes its examples from the fit split, but data.fit_on has texts. Leave it out."
+            )
+        if not 0 <= seed < 2**63:
+            raise UserError(f"data.seed is {seed}; it is a whole number from 0 to 2**63 - 1.")
+        self.examples: dict[Split, list[Example]] = {}
+        self.fingerprint = ""  # of the samples of a fit
+        self.shots: list[Example] = []
+        self._lengths: dict[Split, list[int]] = {}  # in tokens, of the splits whose prompts were read already
+
+    @property
+    def task(self) -> Task:
+        """The task of validation and test."""
+        return self.rows.task
+
+    @property
+    def fit_task(self) -> Task:
+        """The task that is fitted on."""
+        return self.fit_rows.task
+
+    def setup(self, stage: str) -> None:
+        """Read and split the rows.
+
+        Raises:
+            UserError: The data cannot be had, a row or a column is not as needed, or a split is empty.
+        """
+        found = without_overlap(self._read(self._wanted(stage)))
+        self.shots = self._take_shots(found.get("train", []))
+        chosen = {split: examples[: self.sizes[split]] for split, examples in found.items()}
+        self.examples = {s: some if s == "train" else self.rows.in_order(some) for s, some in chosen.items()}
+        if stage == "fit":
+            self.fingerprint = _fingerprint(self.examples["train"])
+        self._lengths = {}
+        for split in NEEDED[stage]:
+            if not self.examples.get(split):
+                raise UserError(
+                    f"the {split} split of {self.hparams['task']} is empty. "
+                    "Give data.path more rows, each with another prompt, or the data.*_size options larger numbers."
+                )
+        if stage == "fit" and not self.fit_task.generates and len({e.gold for e in self.examples["train"]}) < 2:
+            raise UserError(
+                f"all {len(self.examples['train'])} texts of the fit are {self.examples['train'][0].gold}: "
+                "task_args.positive and task_args.negative do not tell their labels apart."
+            )
+
+    def _wanted(self, stage: str) -> list[Split]:
+        # Shots come from what a fit is left with, so that they are the same at every stage.
+        needed = NEEDED["fit"] + NEEDED[stage] if self.hparams["shots"] else NEEDED[stage]
+        # Fit and validation lose the prompts that test has as well.
+        loses = "validation" in needed and self.rows.has("test")
+        return [split for split in SPLITS if split in needed or (split == "test" and loses)]
+
+    def _read(self, wanted: Sequence[Split]) -> dict[Split, list[Example]]:
+        seed = self.hparams["seed"]
+        if self.fit_rows is self.rows or "train" not in wanted:
+            return self.rows.examples(wanted, seed)
+        rest = [split for split in wanted if split != "train"]
+        return {"train": self.fit_rows.whole("train", seed), **self.rows.examples(rest, seed)}
+
+    def _take_shots(self, examples: list[Example]) -> list[Example]:
+        count = self.hparams["shots"]
+        if 0 < len(examples) <= count:
+            raise UserError(
+                f"data.shots is {count}, but the fit split has {len(examples)} examples, and loses its shots."
+            )
+        shots, examples[:] = examples[:count], examples[count:]
+        if unsolved := [shot for shot in shots if shot.solution is None]:
+            raise UserError(
+                f"data.shots is {count}, but {unsolved[0].id} has no solution to show: "
+                f"the task {self.fit_rows.name} judges responses without one. Leave it out."
+            )
+        return shots
+
+    def turns(self, example: Example) -> list[str]:
+        """The prompt of an example with the shots before it: prompt and response in turn, the prompt last."""
+        return [turn for shot in self.shots for turn in (shot.prompt, str(shot.solution))] + [example.prompt]
+
+    def uses_chat(self, llm: Any) -> bool:
+        """Whether prompts become turns of a chat with this model.
+
+        Raises:
+            UserError: They have to, but the tokenizer has no chat template.
+        """
+        wanted = self.hparams["chat_template"]
+        if wanted and not llm.has_chat_template:
+            raise UserError(
+                f"data.chat_template is true, but the tokenizer of {llm.name} has no chat template: it is no "
+                "instruction model. Set it to false, or model.llm to an instruction model."
+            )
+        return llm.has_chat_template if wanted is None else wanted
+
+    def answers(self, llm: Any, task: Task | None = None) -> list[str] | None:
+        """A task's answers as they follow its prompt: after a chat template without the space before them."""
+        answers = (task or self.task).answers
+        return [answer.strip() if self.uses_chat(llm) else answer for answer in answers] if answers else None
+
+    def warn_of_base_model(self, llm: Any) -> None:
+        """Say so if the task instructs a model that has not learnt to follow instructions."""
+        if self.task.instructs and not llm.has_chat_template:
+            warnings.warn(
+                f"the prompts of {self.hparams['task']} are instructions, but {llm.name} has no chat template, so "
+                "it is probably a base model, which was not trained to follow them.",
+                stacklevel=2,
+            )
+
+    def train_dataloader(self) -> Shard:
+        """The fit split in seeded order, from where an interrupted fit stopped."""
+        return self._loader("train", start=self._module.position)
+
+    def val_dataloader(self) -> Shard:
+        """The validation split."""
+        return self._loader("validation")
+
+    def test_dataloader(self) -> Shard:
+        """The test split."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> Shard:
+        """The test split."""
+        return self._loader("test")
+
+    @property
+    def _running(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("the data module has no trainer yet; loaders are made while one runs")
+        return self.trainer
+
+    @property
+    def _module(self) -> Any:
+        return self._running.lightning_module
+
+    def _loader(self, split: Split, start: int = 0) -> Shard:
+        task, world_size = self.fit_task if split == "train" else self.task, self._running.world_size
+        self._check_shares(split)
+        if split not in self._lengths:
+            self.examples[split], self._lengths[split] = self._fitting(split, task)
+            self._check_shares(split)
+        examples, lengths = self.examples[split], self._lengths[split]
+        batch_size = min(self.hparams["batch_size"], -(-len(examples) // world_size))
+        # No DataLoader: Lightning would put its own DistributedSampler into it, which repeats and shuffles.
+        collate = partial(self.collate, task=task)
+        order = _by_length(lengths, BUCKET) if self.hparams["sort_by_length"] else None
+        return Shard(examples, collate, batch_size, self._running.global_rank, world_size, start, order)
+
+    def _check_shares(self, split: Split) -> None:
+        if (count := len(self.examples[split])) < self._running.world_size:
+            raise UserError(
+                f"{self._running.world_size} processes share {count} {split} samples; each needs at least one. "
+                "Set trainer.devices and trainer.num_nodes lower, or take more samples."
+            )
+
+    def token_ids(self, example: Example, task: Task) -> list[int]:
+        """Tokens of an example's prompt, as the model reads it; a text that is not answered stands by itself."""
+        llm = self._module.llm
+        if not task.generates:
+            return llm.token_ids(example.prompt)
+        return llm.prompt_ids(self.turns(example), self.uses_chat(llm))
+
+    def collate(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, Tensor]:
+        """Input ids and attention mask of examples, both ``(batch, longest)``, padded on the left."""
+        return self._module.llm.left_pad([self.token_ids(example, task) for example in examples])
+
+    def _fitting(self, split: Split, task: Task) -> tuple[list[Example], list[int]]:
+        """The examples that the model can read and answer, and how many tokens their prompts have.
+
+        A warning counts the others.
+
+        Raises:
+            UserError: It can answer none, or a prompt is empty.
+        """
+        llm, new = self._module.llm, task.max_new_tokens
+        context = getattr(llm.config, "max_position_embeddings", None) or 10**9
+        pairs = [(example, len(self.token_ids(example, task))) for example in self.examples[split]]
+        if empty := [example for example, length in pairs if length == 0]:
+            raise UserError(f"the prompt of {empty[0].id} is empty. Remove the row.")
+        fits = [(example, length) for example, length in pairs if length + new - 1 <= context]
+        if too_long := [(example, length) for example, length in pairs if length + new - 1 > context]:
+            example, length = too_long[0]
+            sentence = (
+                f"the prompt of {example.id} has {length} tokens; with {new} new ones that exceeds the context of "
+                f"{llm.name} ({context})"
+            )
+            if not fits:
+                raise UserError(f"{sentence}, and so do all {split} prompts. Shorten them, or take another model.")
+            warnings.warn(f"{sentence}: {len(too_long)} of {len(pairs)} {split} prompts are left out.", stacklevel=2)
+        return [example for example, _ in fits], [length for _, length in fits]
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """A short hash of prompts and gold answers in their order."""
+    text = "\0".join(f"{example.prompt}\0{example.gold}" for example in examples)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _by_length(lengths: Sequence[int], bucket: int) -> list[int]:
+    """Positions in their order, but within each bucket the longest first.
+
+    Example:
+        >>> _by_length([3, 9, 5, 1, 7], bucket=3)
+        [1, 2, 0, 4, 3]
+    """
+    starts = range(0, len(lengths), bucket)
+    buckets = [range(start, min(start + bucket, len(lengths))) for start in starts]
+    return [i for some in buckets for i in sorted(some, key=lambda i: (-lengths[i], i))]
+
+
+def _fit_rows(options: dict[str, Any]) -> TaskData:
+    known = ("task", "path", "subset", "task_args", "filter", "train_split")
+    check_options(TaskData, options, "data.fit_on", known)
+    if "task" not in options:
+        raise UserError("data.fit_on names no task. Give it one, as in {task: mmlu}.")
+    return TaskData(**options)

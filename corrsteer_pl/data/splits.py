@@ -1,0 +1,152 @@
+"""A task with its rows, divided into disjoint splits."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+
+from corrsteer_pl.data.sources import Rows, keep
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import exists
+from corrsteer_pl.tasks import Example, make_task
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class TaskData:
+    """A task, where its rows are, and which of them are meant.
+
+    Args:
+        task: Name or import path of the task.
+        path: File, folder or Hub id; None for the task's own data.
+        task_args: Options of the task.
+        subset: Named configuration, or several; None for the task's own with the task's own data.
+        filter: Columns with the values that are kept.
+        train_split: Which split is fitted on; None for the task's own.
+        val_split: The same for validation.
+        test_split: The same for test.
+
+    Raises:
+        UserError: The task, the options or the path are unknown.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        path: str | None = None,
+        task_args: dict[str, Any] | None = None,
+        subset: str | list[str] | None = None,
+        filter: dict[str, Any] | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+    ) -> None:
+        self.name, self.task, self.filter = task, make_task(task, task_args or {}), filter or {}
+        self.path, self.subset = path, subset
+        self._positions: dict[int, int] = {}
+        source = self.task.source
+        self.names: dict[Split, str] = {
+            "train": train_split or source.train,
+            "validation": val_split or source.validation,
+            "test": test_split or source.test,
+        }
+
+    def examples(self, needed: Collection[Split], seed: int) -> dict[Split, list[Example]]:
+        """The examples of the splits that are needed, in seeded order.
+
+        Splits in the same place divide its rows by the task's shares, each prompt once. A local folder without
+        the fit's split has its validation rows divided between fit and validation.
+
+        Raises:
+            UserError: A split that is needed does not exist, or a row cannot be used.
+        """
+        rows = self._rows()
+        places = {split: rows.place(name) for split, name in self.names.items()}
+        names = dict(self.names)
+        if not places["train"] and places["validation"]:
+            names["train"], places["train"] = names["validation"], places["validation"]
+        found: dict[Split, list[Example]] = {}
+        for split in needed:
+            if split not in found:
+                sharing = [other for other in SPLITS if places[other] == places[split]]
+                found |= self._carve(self._made(rows, names[split]), sharing, seed)
+        return {split: found[split] for split in SPLITS if split in needed}
+
+    def has(self, split: Split) -> bool:
+        """Whether a split exists at all."""
+        return self._rows().has(self.names[split])
+
+    def _rows(self) -> Rows:
+        path = self.path or self.task.source.path
+        if path is None:
+            raise UserError(
+                f"the task {self.name} needs data. Set data.path to a file, a folder, or the id of a data set on the "
+                "Hugging Face Hub."
+            )
+        own = self.task.source.subsets if path == self.task.source.path or exists(path) else ()
+        subsets = [self.subset] if isinstance(self.subset, str) else self.subset
+        return Rows(path, own if subsets is None else subsets, named=subsets is not None)
+
+    def whole(self, split: Split, seed: int) -> list[Example]:
+        """All examples of a split, undivided, in seeded order.
+
+        Raises:
+            UserError: The split does not exist, or a row cannot be used.
+        """
+        return self._carve(self._made(self._rows(), self.names[split]), [split], seed)[split]
+
+    def _made(self, rows: Rows, name: str) -> list[list[Example]]:
+        """The samples of each row that is kept."""
+        return [self.task.examples(row, id) for id, row in keep(rows.read(name), self.filter)]
+
+    def _carve(self, rows: list[list[Example]], splits: Sequence[Split], seed: int) -> dict[Split, list[Example]]:
+        if len(splits) > 1:
+            rows = _each_prompt_once(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        shares = dict(zip(SPLITS, self.task.source.shares, strict=True))
+        carved: dict[Split, list[Example]] = {}
+        # From the last to the first, and with whole numbers, as the published splits were counted.
+        for i, split in reversed(list(enumerate(splits))):
+            total = sum(shares[other] for other in splits[: i + 1])
+            count = round(len(order) * shares[split] / total)
+            chosen, order = order[len(order) - count :], order[: len(order) - count]
+            carved[split] = [example for j in chosen for example in rows[j]]
+        examples = [example for row in rows for example in row]
+        self._positions |= {id(example): i for i, example in enumerate(examples)}
+        return carved
+
+    def in_order(self, examples: list[Example]) -> list[Example]:
+        """Examples of one split in the order of their rows."""
+        return sorted(examples, key=lambda example: self._positions[id(example)])
+
+
+def _each_prompt_once(rows: list[list[Example]]) -> list[list[Example]]:
+    """The rows without prompts that stood before, which could fall into two splits, and without empty rows."""
+    seen: set[str] = set()
+    kept = []
+    for row in rows:
+        new = [example for example in row if example.prompt not in seen]
+        seen |= {example.prompt for example in new}
+        kept += [new] if new else []
+    return kept
+
+
+def without_overlap(splits: Mapping[Split, list[Example]]) -> dict[Split, list[Example]]:
+    """The splits without prompts that a later one has too: test loses nothing, validation what is in test, and so on.
+
+    A warning says how many were left out.
+    """
+    kept = dict(splits)
+    for one, other in combinations(kept, 2):
+        prompts = {example.prompt for example in kept[other]}
+        disjoint = [example for example in kept[one] if example.prompt not in prompts]
+        if shared := len(kept[one]) - len(disjoint):
+            warnings.warn(
+                f"{shared} of {len(kept[one])} {one} prompts are {other} prompts too; they are left out of {one}.",
+                stacklevel=2,
+            )
+            kept[one] = disjoint
+    return kept

@@ -1,0 +1,307 @@
+"""Greedy decoding: every prompt is read once, and all variants decode from its cache."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from corrsteer_pl.models.decoding.branches import Branches, Rows, Run
+from corrsteer_pl.models.decoding.cache import ROOM, FullCache, picked
+from corrsteer_pl.models.decoding.prefix import SharedPrefix
+from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, require_rows
+from corrsteer_pl.models.hooks import PoolReader
+from corrsteer_pl.models.llm import LanguageModel, positions_of
+
+# Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
+BUDGET, SHARE = 2**30, 1 / 16
+# Prompt tokens of a comparison on a CPU; more of them take longer each, for their activations leave the caches.
+CPU_TOKENS = 2700
+# Tokens that the branches of a prompt may come to.
+BRANCH_TOKENS = 2048
+# An accelerator has to be waited for to see which generations have ended, a CPU has not.
+LOOK_EVERY = 8
+# Places are given up when no more than this share of them is still needed.
+NEEDED = 0.75
+
+
+class Prompts(Protocol):
+    """Left-padded prompts: ``input_ids`` and ``attention_mask``, both ``(batch, longest)``."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Intervention(Protocol):
+    """Variants of a change to the model, applied to a batch in which they stand side by side for every sample."""
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether the prompt's keys and values depend on the variant, so that no cache can be shared."""
+
+    def __len__(self) -> int:
+        """Number of variants."""
+
+    def attached(self, model: nn.Module, run: Run | None = None) -> AbstractContextManager:
+        """Apply the variants within the context, at the places of ``run``, or side by side in rows of the batch."""
+
+    def groups(self, size: int) -> Iterator[Self]:
+        """The variants in groups of exactly ``size``, the last filled up with the unchanged model."""
+
+
+@dataclass
+class Tokens:
+    """Generated tokens ``(batch, steps)``, of which the first ``lengths (batch,)`` stand before the end of sequence."""
+
+    ids: Tensor
+    lengths: Tensor
+
+
+class Decoder:
+    """Greedy decoding of a batch, unsteered or in many steered variants from one prefill.
+
+    Steering of generated positions cannot change the prompt's keys and values, so a variant costs its new
+    tokens and not its prompt. Equal token for token to Hugging Face ``generate(do_sample=False)`` in float32, if the
+    model's generation configuration asks for no penalty or other change of the logits.
+
+    Args:
+        llm: The model.
+        max_new_tokens: Longest generation.
+        allowed: If given, the only tokens that may be chosen.
+        candidate_batch_size: How many variants of every sample share a forward pass; ``auto`` for as many as about
+            a gibibyte, or a sixteenth of a GPU's memory, allows, and of branches no more than are worth their masks.
+
+    Attributes:
+        end: The tokens that end a generation, ``(n,)``.
+        look_every: Decoding steps between two looks at which generations have ended.
+    """
+
+    def __init__(
+        self,
+        llm: LanguageModel,
+        max_new_tokens: int,
+        allowed: Sequence[int] | None = None,
+        candidate_batch_size: int | str = "auto",
+    ) -> None:
+        self.llm = llm
+        self.max_new_tokens = max_new_tokens
+        self.allowed = None if allowed is None else torch.tensor(sorted(allowed), device=llm.device)
+        self.candidate_batch_size = candidate_batch_size
+        self._warned = False
+        self._prefix = SharedPrefix(self._read_prefix)
+        self.look_every = 1 if llm.device.type == "cpu" else LOOK_EVERY
+        self.end = torch.tensor(llm.eos_token_ids, dtype=torch.long, device=llm.device)
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts, reader: PoolReader | None = None) -> list[str]:
+        """Generate unsteered text while ``reader`` pools the activations of every counted step.
+
+        Counted are the steps before the one that ends the sequence, and no step that reads BOS.
+        """
+        require_rows(self.llm)
+        with reader.attached(self.llm.model) if reader else nullcontext():
+            tokens = self._decode(*self._prefill(prompts, reader), reader)
+        return self.llm.decode(tokens.ids, tokens.lengths)
+
+    @torch.no_grad()
+    def compare(self, prompts: Prompts, variants: Intervention, branches: bool | None = None) -> list[list[str]]:
+        """Generate text under each variant.
+
+        In float32 variants are branches of one sequence per prompt, if the model can do that. In lower precision, and
+        where a variant changes the prompt, they are rows of the batch: variants share each forward pass or, in several
+        groups, have passes of one shape, so that a difference is due to the variant and never to rounding.
+
+        Args:
+            prompts: The prompts.
+            variants: What is compared.
+            branches: Decide for or against branches; None as said above.
+
+        Returns:
+            ``texts[variant][sample]``.
+        """
+        require_rows(self.llm)
+        if variants.changes_prompt and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the prompt itself is changed, so each of {len(variants)} variants reads every prompt again; what "
+                "changes generated positions alone reads it once.",
+                stacklevel=2,
+            )
+        if branches is None:
+            branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
+        parts = [self._compare(part, variants, branches) for part in self._parts(prompts, branches)]
+        return [[text for part in parts for text in part[variant]] for variant in range(len(variants))]
+
+    def _parts(self, prompts: Prompts, branches: bool) -> list[Prompts]:
+        """The batch in parts that a processor's caches can hold, where parts cost nothing."""
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        size = max(1, CPU_TOKENS // ids.shape[1]) if branches and ids.device.type == "cpu" else len(ids)
+        return [_Prompts(some, seen) for some, seen in zip(ids.split(size), mask.split(size), strict=True)]
+
+    def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
+        shared = not variants.changes_prompt
+        branches = branches and shared
+        size = self.together(prompts, len(variants), branches)
+        laid, cache = self._prefill(prompts, branches=size if branches else 0) if shared else (prompts, None)
+        # In low precision equal variants stay equal only in forward passes of equal shape.
+        drop = size >= len(variants) or self.llm.model.dtype == torch.float32
+        texts: list[list[str]] = []
+        for group in variants.groups(size):
+            run, tokens = self._in_branches(laid, cache, size) if branches else self._in_rows(group, laid, cache)
+            with group.attached(self.llm.model, run):
+                found = self._until_the_end(run, tokens, drop=drop)
+            flat = self.llm.decode(found.ids, found.lengths)
+            texts += [flat[variant::size] for variant in range(size)]
+        return texts[: len(variants)]
+
+    def _in_branches(self, prompts: Prompts, cache: Any, count: int) -> tuple[Run, Tensor]:
+        return Branches(self.llm, cache, prompts.attention_mask, count), prompts.input_ids[:, -1:].expand(-1, count)
+
+    def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> tuple[Run, Tensor]:
+        count, repeated = len(group), _repeated(prompts, len(group))
+        if cache is None:
+            with group.attached(self.llm.model):
+                _, own = self._prefill(repeated, share=False)
+        else:
+            samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
+            own = picked(cache, samples.repeat_interleave(count))
+        return self._rows(own, repeated, count), repeated.input_ids[:, -1:]
+
+    def _rows(self, cache: DynamicCache, prompts: Prompts, variants: int = 1) -> Rows:
+        additive = isinstance(cache, FullCache) and self.llm.attention == "sdpa" and can_branch(self.llm)
+        return Rows(self.llm, cache, prompts.attention_mask, variants, additive)
+
+    def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
+        """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
+        size = self.candidate_batch_size
+        most = size if isinstance(size, int) else self._affordable(prompts, branches)
+        return -(-count // -(-count // most))
+
+    def _affordable(self, prompts: Prompts, branches: bool) -> int:
+        """How many variants the memory budget allows."""
+        most = budget(self.llm.device) // self.size_of_variant(prompts, branches)
+        # Every branch attends to the tokens of all branches, only to leave them out.
+        return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
+
+    def size_of_variant(self, prompts: Prompts, branches: bool) -> int:
+        """Bytes that a variant takes: keys and values, logits, and the activations of a block."""
+        rows, tokens = prompts.input_ids.shape
+        held = self.max_new_tokens if branches else tokens + self.max_new_tokens
+        each = held * self.llm.cache_size_per_token + self.llm.config.vocab_size + 8 * self.llm.config.hidden_size
+        return rows * each * self.llm.model.dtype.itemsize
+
+    @torch.no_grad()
+    def read(self, prompts: Prompts, reader: PoolReader, variants: Intervention | None = None) -> None:
+        """Read texts, each under every variant side by side, while ``reader`` pools the activations of their tokens."""
+        if variants is not None:
+            prompts = _repeated(prompts, len(variants))
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        # What is read comes after what is changed.
+        with variants.attached(self.llm.model) if variants else nullcontext(), reader.attached(self.llm.model):
+            self.llm.forward(ids, mask, positions_of(mask))
+            reader.read_text(mask.bool() & self.llm.is_text(ids))
+
+    def _until_the_end(self, run: Run, tokens: Tensor, reader: PoolReader | None = None, drop: bool = True) -> Tokens:
+        """Choose tokens until every generation has ended, or is long enough.
+
+        Args:
+            run: What reads one more token of every generation.
+            tokens: The last of each prompt at every place, ``(rows, places)``.
+            reader: Takes in every step, in rows.
+            drop: Whether generations that have ended may leave the forward passes, which changes their shape.
+        """
+        place = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)  # which generation stands where
+        ids = tokens.new_zeros(tokens.numel(), self.max_new_tokens)
+        lengths = tokens.new_zeros(tokens.numel())
+        running = torch.ones_like(tokens, dtype=torch.bool)
+        for step in range(self.max_new_tokens):
+            chosen = self._choose(run.forward(tokens))  # (rows, places)
+            running = running & ~torch.isin(chosen, self.end)
+            if reader:
+                text = self.llm.is_text(tokens)
+                # The first step reads the last prompt token, which is text whatever follows.
+                reader.read_step((running & text)[:, 0], (running & text if step else text)[:, 0], place[:, 0])
+            ids[place, step] = chosen
+            lengths[place] += running
+            tokens = chosen
+            if (step + 1) % self.look_every == 0:
+                left = int(running.sum())
+                if left == 0:
+                    break
+                if drop and left <= NEEDED * running.numel():
+                    order = run.keep(running)
+                    tokens, place, running = (at.flatten()[order] for at in (tokens, place, running))
+        return Tokens(ids[:, : step + 1], lengths)
+
+    def _prefill(
+        self, prompts: Prompts, reader: PoolReader | None = None, branches: int = 0, share: bool = True
+    ) -> tuple[Prompts, DynamicCache]:
+        """Read every prompt token but the last.
+
+        Args:
+            prompts: The prompts.
+            reader: Takes in the prompt's tokens, if it reads them.
+            branches: How many branches of a prompt will share the cache; then it keeps every token.
+            share: Whether to take over what earlier prompts began with.
+
+        Returns:
+            The prompts, their padding perhaps elsewhere, and the cache.
+        """
+        ids, mask = prompts.input_ids, prompts.attention_mask
+        cache = self._empty_cache(prompts, branches)
+        # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
+        share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
+        if share and isinstance(cache, FullCache) and can_leave_out(self.llm):
+            mask = self._prefix.lay(ids, mask, cache)
+        start, last = cache.get_seq_length(), ids.shape[1] - 1
+        if start < last:
+            positions = positions_of(mask)
+            self.llm.forward(ids[:, start:last], mask[:, :last], positions[:, start:last], cache)
+            if reader and reader.reads_prompt:
+                reader.read_prompt(mask[:, :last].bool() & self.llm.is_text(ids[:, :last]))
+        return _Prompts(ids, mask), cache
+
+    def _read_prefix(self, ids: Tensor) -> FullCache:
+        cache, mask = FullCache(), torch.ones_like(ids)
+        self.llm.forward(ids, mask, positions_of(mask), cache)
+        return cache
+
+    def _empty_cache(self, prompts: Prompts, branches: int = 0) -> DynamicCache:
+        if branches or (self.llm.sees_by_mask and self._fits_window(prompts)):
+            return FullCache(max(1, branches) * min(self.max_new_tokens, ROOM))
+        return DynamicCache(config=self.llm.config)
+
+    def _fits_window(self, prompts: Prompts) -> bool:
+        window = getattr(self.llm.config, "sliding_window", None)
+        return window is None or prompts.input_ids.shape[1] + self.max_new_tokens <= window
+
+    def _decode(self, prompts: Prompts, cache: Any, reader: PoolReader | None = None) -> Tokens:
+        return self._until_the_end(self._rows(cache, prompts), prompts.input_ids[:, -1:], reader)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self.allowed is None:
+            return logits.argmax(-1)
+        return self.allowed[logits[..., self.allowed].argmax(-1)]
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that variants may take; the same for the same device, however full it is, so that runs can be repeated."""
+    if device.type != "cuda":
+        return BUDGET
+    return max(BUDGET, int(SHARE * torch.cuda.get_device_properties(device).total_memory))
+
+
+@dataclass
+class _Prompts:
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def _repeated(prompts: Prompts, copies: int) -> Prompts:
+    """A batch in which every sample stands ``copies`` times, side by side."""
+    ids, mask = prompts.input_ids, prompts.attention_mask
+    return _Prompts(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))

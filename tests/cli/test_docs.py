@@ -1,0 +1,56 @@
+"""What the documentation shows has to run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "train_size=2000" in code
+    small = code.replace("train_size=2000, val_size=300", "train_size=100, val_size=30, test_size=40")
+    done = subprocess.run([sys.executable, "-c", small], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hook_resid_post" in done.stdout
+
+
+def test_every_option_named_in_the_documentation_exists():
+    import contextlib
+    import io
+
+    from corrsteer_pl.cli.lightning import main
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    texts = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    named = set(re.findall(r"--((?:model|data|trainer|results)\.\w+)", texts))
+    assert len(named) > 8
+    assert {option for option in named if f"--{option}" not in shown.getvalue()} == set()
+
+
+def test_links_in_the_documentation_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_configurations_named_in_the_documentation_exist():
+    known = {path.name for path in ROOT.glob("configs/*.yaml")}
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        named = set(re.findall(r"--config (\w+\.yaml)|`(\w+\.yaml)`", page.read_text()))
+        named = {one or other for one, other in named} - {"trivia.yaml", "config.yaml"}
+        assert named <= known, page.name
+
+
+def test_every_configuration_begins_with_its_command():
+    for path in ROOT.glob("configs/*.yaml"):
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# python -m corrsteer_pl fit --config ")
+        assert f"--config {path.name}" in first

@@ -1,0 +1,222 @@
+"""Several processes, and fits that are killed: the answer must not change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from corrsteer_pl import demo
+from corrsteer_pl.files import read_rows, write_jsonl
+from tests.conftest import cli
+
+# 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
+DATA = ["--data.train_size=101", "--data.val_size=33", "--data.test_size=35", "--data.batch_size=1"]
+FIT = ["fit", "--config", "demo.yaml", *DATA, "--trainer.enable_progress_bar=false"]
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    cli(*FIT, cwd=folder)
+    cli("test", "--ckpt_path", "checkpoints/demo/last.ckpt", cwd=folder)
+    return folder / "checkpoints/demo"
+
+
+def same_fit(one, other, rtol=1e-12, atol=1e-12):
+    a, b = (torch.load(run / "last.ckpt", weights_only=True) for run in (one, other))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for key, value in a["state_dict"].items():
+        # Sums of float64; only the order of additions may differ.
+        torch.testing.assert_close(value, b["state_dict"][key], rtol=rtol, atol=atol)
+    one, other = (json.loads((run / "selection.json").read_text()) for run in (one, other))
+    assert one["samples"] == other["samples"] == 101
+    for f, g in zip(one["candidates"], other["candidates"], strict=True):
+        assert (f["layer"], f["index"], f["validation_reward"]) == (g["layer"], g["index"], g["validation_reward"])
+        assert f["correlation"] == pytest.approx(g["correlation"], abs=max(rtol, 1e-9))
+    assert [f["index"] for f in one["features"]] == [f["index"] for f in other["features"]]
+    assert one["baseline_reward"] == other["baseline_reward"]
+
+
+def same_test(one, other):
+    for name in ("metrics.json", "outcomes.jsonl"):
+        assert (one / "test/demo_qa" / name).read_text() == (other / "test/demo_qa" / name).read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(reference, tmp_path):
+    cli(*FIT, *TWO, cwd=tmp_path)
+    same_fit(reference, tmp_path / "checkpoints/demo")
+    cli("test", "--ckpt_path", "checkpoints/demo/last.ckpt", *TWO, cwd=tmp_path)
+    same_test(reference, tmp_path / "checkpoints/demo")
+
+
+def torchrun(folder, *options, args=FIT, wait=True):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        "-m",
+        "corrsteer_pl",
+        *args,
+        "--trainer.strategy=ddp",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if wait:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+    return process
+
+
+@pytest.mark.slow
+def test_torchrun_equals_one_process(reference, tmp_path):
+    torchrun(
+        tmp_path, "--standalone", "--nproc_per_node=2", args=[*FIT, "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    )
+    same_fit(reference, tmp_path / "checkpoints/demo")
+
+
+@pytest.mark.slow
+def test_two_nodes_equal_one_process(reference, tmp_path):
+    nodes = [
+        torchrun(
+            tmp_path, "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+            "--master_port=29517", wait=False,
+            args=[*FIT, "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.accelerator=cpu"],
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        output, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, output[-3000:]
+    same_fit(reference, tmp_path / "checkpoints/demo")
+
+
+def interrupted(folder, how, seconds_after_first_checkpoint, *options):
+    """Start a fit that saves at every step, and end it shortly after its first checkpoint."""
+    slow = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1", *options]
+    process = subprocess.Popen(
+        command, cwd=folder, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    last = Path(folder) / "checkpoints/demo/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert process.poll() is None, "the fit ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(seconds_after_first_checkpoint)
+    os.killpg(process.pid, how)  # its own processes alone: it leads a session
+    assert process.wait(timeout=60) == (-how if how == signal.SIGKILL else 128 + how)
+    return torch.load(last, weights_only=True)["corrsteer_pl"]["position"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "delay", "before", "after"),
+    [
+        (signal.SIGKILL, 0.0, [], []),
+        (signal.SIGTERM, 0.3, [], []),
+        (signal.SIGINT, 0.3, [], []),
+        (signal.SIGKILL, 0.2, TWO, []),
+        (signal.SIGKILL, 0.1, TWO, TWO),
+        (signal.SIGTERM, 0.3, [], ["--data.batch_size", "5"]),
+    ],
+    ids=[
+        "kill",
+        "term",
+        "interrupt",
+        "kill two, resume on one",
+        "kill two, resume on two",
+        "term, go on in other batches",
+    ],
+)
+def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
+    position = interrupted(tmp_path, how, delay, *before)
+    assert 0 < position < 101
+    cli(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
+    # Activations are float32, and other batches round otherwise.
+    rounding = {"rtol": 1e-5, "atol": 1e-4} if "--data.batch_size" in after else {}
+    same_fit(reference, tmp_path / "checkpoints/demo", **rounding)
+
+
+@pytest.mark.slow
+def test_a_fit_killed_in_validation_selects_the_same(reference, tmp_path):
+    cli(*FIT, cwd=tmp_path)
+    last = tmp_path / "checkpoints/demo/last.ckpt"
+    # What is on disk when the last step has been saved and validation has not ended.
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["corrsteer_pl"] |= {"selection": None, "directions": {}, "snapshots": []}
+    torch.save(checkpoint, last)
+    cli(*FIT, "--ckpt_path", "last", cwd=tmp_path)
+    same_fit(reference, tmp_path / "checkpoints/demo")
+
+
+@pytest.mark.slow
+def test_one_mistake_is_told_once_by_two_processes(tmp_path):
+    done = cli(*FIT, *TWO, "--model.layers=[9]", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("layer 9 is not in demo") == 1
+    assert "Traceback" not in done.stderr
+
+
+PYTHON_DDP = """
+from lightning.pytorch import Trainer
+from corrsteer_pl import CorrSteer, TaskDataModule
+if __name__ == "__main__":
+    module = CorrSteer("demo", "demo")
+    trainer = Trainer(strategy="{strategy}", devices=2, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.fit(module, datamodule=TaskDataModule(train_size=101, val_size=33, batch_size=1))
+    if trainer.is_global_zero:
+        print("SELECTED", [(f.layer, f.index) for f in module.selection.features], module.selection.samples)
+"""
+
+
+@pytest.mark.slow
+def test_plain_ddp_from_python_works(reference, tmp_path):
+    (tmp_path / "run.py").write_text(PYTHON_DDP.format(strategy="ddp"))
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = json.loads((reference / "selection.json").read_text())
+    assert f"SELECTED {[(f['layer'], f['index']) for f in expected['features']]} 101" in done.stdout
+    assert list(tmp_path.glob("checkpoints/*.ckpt")), "Lightning's own checkpoint is missing"
+
+
+PEAK = """
+import resource, sys
+from corrsteer_pl.cli.lightning import main
+assert main(sys.argv[1:]) == 0
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_samples(tmp_path):
+    requests = read_rows(demo.DATA / "demo_refusal" / "train.jsonl")
+    rows = [{**row, "prompt": f"{row['prompt']} {i}", "id": i} for i, row in enumerate(requests * 5)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    peaks = []
+    for size in (500, 5000):
+        options = [
+            "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
+            f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
+            "--data.task_args={max_new_tokens: 4}", "--trainer.enable_progress_bar=false",
+        ]  # fmt: skip
+        command = [sys.executable, "-c", PEAK, *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split("PEAK")[1]))
+    # The rows themselves take a few MB; activations of 4,500 samples more would take 37 MB per layer.
+    assert peaks[1] < peaks[0] * 1.02
