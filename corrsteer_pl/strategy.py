@@ -1,4 +1,4 @@
-"""What Lightning has to be told: there are no gradients to reduce, and one pass is all there is."""
+"""Processes: what Lightning's strategies need to be told, and exchange between processes."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -8,16 +8,21 @@ from torch import distributed as dist
 from corrsteer_pl.errors import UserError
 
 
-def prepare(trainer: Trainer) -> None:
-    """Check a trainer's strategy and precision, and free DDP of its gradient wrapper.
+def prepare(trainer: Trainer, trains: bool) -> None:
+    """Check a trainer's strategy and precision, and set up DDP for a method with or without gradients.
 
-    ``DistributedDataParallel`` refuses a module without trainable parameters, and would overwrite every
-    process's sums with those of rank 0. The sums are merged by :func:`all_reduce_sum` instead.
+    ``DistributedDataParallel`` averages gradients, which a method that trains needs. It refuses a module without
+    trainable parameters, and copies the buffers of rank 0 over those of the others; so it is left out for a method that
+    merges sums instead, and never copies buffers.
+
+    Args:
+        trainer: The trainer.
+        trains: Whether the method trains parameters.
 
     Raises:
-        UserError: A strategy or a precision under which the sums would be wrong.
+        UserError: A strategy or a precision under which the result would be wrong.
     """
-    if trainer.precision != "32-true":
+    if trainer.precision != "32-true" and not trains:
         raise UserError(
             f"trainer.precision is {trainer.precision}, which would also cast the running sums. "
             "Leave it at 32-true and set the language model's own precision with model.dtype."
@@ -29,11 +34,13 @@ def prepare(trainer: Trainer) -> None:
         )
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
-        strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
+        strategy._ddp_kwargs["broadcast_buffers"] = False
+        if not trains:
+            strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
     elif not isinstance(strategy, SingleDeviceStrategy):
         raise UserError(
-            f"trainer.strategy is {type(strategy).__name__}, which shards or wraps trainable parameters; a fit has "
-            "none. Use --trainer.strategy ddp (or auto with one device)."
+            f"trainer.strategy is {type(strategy).__name__}, which shards or wraps the module in another way than a "
+            "method expects. Use --trainer.strategy ddp (or auto with one device)."
         )
 
 

@@ -101,7 +101,7 @@ def test_shuffled_rewards_are_those_of_any_other_samples(monkeypatch):
     for example, reward in zip(data.examples["train"], shuffled.dealt, strict=True):
         reader = PoolReader({1: shuffled.saes[1]}, ["max"])
         batch = batch_of(shuffled.llm, [data.token_ids(example, data.fit_task)])
-        true += data.fit_task.reward(shuffled.fit_decoder.generate(batch, reader), [example])
+        true += data.fit_task.reward(shuffled.fit_answering.decoder.generate(batch, reader), [example])
         expected += reward * reader.pools[1]["max"].value[0]
     torch.testing.assert_close(shuffled.sums.moments(1, "max").xy, expected, rtol=1e-5, atol=1e-5)
     assert recorded.recorded.tolist() == true

@@ -28,7 +28,7 @@ from corrsteer_pl.commands.doctor import examine
 from corrsteer_pl.commands.train_saes import train_saes_on
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, choices, one_line
-from corrsteer_pl.evaluation.tables import measures_table, metrics_table, selection_table, show
+from corrsteer_pl.evaluation.tables import measures_table, metrics_table, show
 from corrsteer_pl.files import check_writable, write_atomically
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.methods.run_files import RunFiles
@@ -174,10 +174,10 @@ class _Cli(LightningCLI):
             show(*items)
 
     def after_fit(self) -> None:
-        self._show(selection_table(self.model.selection), self._written)
+        self._show(*self.model.tables(), self._written)
 
     def after_validate(self) -> None:
-        self._show(selection_table(self.model.selection))
+        self._show(*self.model.tables())
 
     def after_test(self) -> None:
         metrics = self.model.metrics

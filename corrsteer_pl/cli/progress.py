@@ -7,20 +7,20 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class Progress(RichProgressBar):
-    """A progress bar that also names the features that lead so far.
+    """A progress bar that also says how a fit goes, in the method's own words.
 
     Args:
-        top_every_n_steps: How often the leading features are looked up, in steps.
+        headline_every_n_steps: How often the method is asked, in steps.
     """
 
-    def __init__(self, top_every_n_steps: int = 10) -> None:
+    def __init__(self, headline_every_n_steps: int = 10) -> None:
         super().__init__(leave=True)
-        self.top_every_n_steps = top_every_n_steps
-        self._top = ""
+        self.headline_every_n_steps = headline_every_n_steps
+        self._headline: dict[str, str] = {}
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        """The logged metrics and the leading features, as ``layer/index r``."""
-        if trainer.training and trainer.global_step % self.top_every_n_steps == 0:
-            self._top = "  ".join(f"{f.layer}/{f.index} {f.correlation:+.2f}" for f in pl_module.leaders()[:3])
+        """The logged metrics, and the method's headline."""
+        if trainer.training and trainer.global_step % self.headline_every_n_steps == 0:
+            self._headline = pl_module.headline()
         metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-        return {**metrics, "top": self._top} if trainer.training else metrics
+        return {**metrics, **self._headline} if trainer.training else metrics

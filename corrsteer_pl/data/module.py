@@ -58,7 +58,15 @@ class TaskDataModule(LightningDataModule):
         sort_by_length: Put prompts of like length into one batch, for less padding. Results stand in the order of the
             rows all the same, and do not change but for rounding.
         seed: Seed of the splits and their order.
+
+    Attributes:
+        TESTED: Options that a test may have otherwise than its fit; they name its results.
     """
+
+    TESTED = (
+        "path", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size", "chat_template",
+        "shots", "restrict", "reverse", "seed",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -207,7 +215,7 @@ class TaskDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Shard:
         """The fit split in seeded order, from where an interrupted fit stopped."""
-        return self._loader("train", start=self._module.position)
+        return self._loader("train", start=self._module.counted)
 
     def val_dataloader(self) -> Shard:
         """The validation split."""

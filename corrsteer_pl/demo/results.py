@@ -24,7 +24,6 @@ from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.tasks import Task
 from corrsteer_pl.version import commit
 
 TASKS = ("demo_qa", "demo_refusal")
@@ -41,16 +40,15 @@ HEADER = (
 class RecordedRewards(CorrSteer):
     """A fit that keeps the reward of each sample, ``(samples,)``, in the order of the split."""
 
-    def on_fit_start(self) -> None:
+    def begin(self) -> None:
         """Make room for them."""
-        super().on_fit_start()
+        super().begin()
         self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
 
-    def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
+    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
         """True rewards, ``(batch,)``."""
-        rewards = super().rewards(texts, batch, task)
-        if self.trainer.training:
-            self.recorded[batch.rows] = rewards
+        rewards = super().fit_rewards(texts, batch)
+        self.recorded[batch.rows] = rewards
         return rewards
 
 
@@ -59,9 +57,9 @@ class ShuffledRewards(CorrSteer):
 
     dealt: Tensor
 
-    def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
-        """Others' rewards while fitting, true ones in validation, ``(batch,)``."""
-        return self.dealt[batch.rows] if self.trainer.training else super().rewards(texts, batch, task)
+    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
+        """Others' rewards, ``(batch,)``; validation sees true ones."""
+        return self.dealt[batch.rows]
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def test_rewards(module: CorrSteer, data: TaskDataModule, variants: list[dict[Si
     steering, rewards = SteeringVectors.stack(variants, module.schedule), []
     for batch in data.test_dataloader():
         kept = batch.weight.bool()
-        rewards.append(torch.stack([some[kept] for _, some in module.compared(batch, steering)]))
+        rewards.append(torch.stack([some[kept] for _, some in module.answering.compare(batch, steering)]))
     return list(torch.cat(rewards, dim=1))
 
 

@@ -1,8 +1,8 @@
 """Running sums of all layers, exact for any number of processes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,20 @@ class Accumulator(nn.Module):
     Args:
         widths: ``d_sae`` of each layer.
         pools: Which pools of a layer are summed.
-        device: Where the sums lie.
     """
 
-    def __init__(self, widths: Mapping[int, int], pools: Iterable[str], device: torch.device) -> None:
+    def __init__(self, widths: Mapping[int, int], pools: Iterable[str]) -> None:
         super().__init__()
+        self.widths = dict(widths)
         keys = {self._key(layer, pool): d_sae for layer, d_sae in widths.items() for pool in pools}
         self.merged: Any = nn.ModuleDict({key: Moments(d_sae) for key, d_sae in keys.items()})
         # A plain dict, which the state dict does not see.
-        self.fresh = {key: Moments(d_sae).to(device) for key, d_sae in keys.items()}
+        self.fresh = {key: Moments(d_sae) for key, d_sae in keys.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for moments in self.fresh.values():
+            moments._apply(fn)
+        return super()._apply(fn, recurse)
 
     @staticmethod
     def _key(layer: int, pool: str) -> str:

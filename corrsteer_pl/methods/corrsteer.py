@@ -1,20 +1,26 @@
 """CorrSteer: correlate SAE features with the model's own success, and steer with those that help."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.evaluation.tables import selection_table
+from corrsteer_pl.files import write_atomically, write_json
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.methods.answering import ProbeReading
+from corrsteer_pl.methods.base import Method, Settings
 from corrsteer_pl.methods.candidates import leading_features, rank_features
-from corrsteer_pl.methods.evaluation import PairedEvaluation
-from corrsteer_pl.methods.probing import EVERYWHERE, ProbeReading
-from corrsteer_pl.methods.provenance import check_llm, check_saes, check_same_data, check_samples, check_settled
+from corrsteer_pl.methods.inspection import Watch, parts_table, positions_table
+from corrsteer_pl.methods.provenance import check_saes, damaged
+from corrsteer_pl.methods.trial import Trial
 from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
@@ -22,15 +28,11 @@ from corrsteer_pl.models.pooling import POOLS
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, load_saes, saes_identity
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, rank, select, tested
-from corrsteer_pl.stats import COEFFICIENTS, Probe, null_max_correlation, pearson
+from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, null_max_correlation, pearson
 from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
-from corrsteer_pl.strategy import all_reduce_sum
-
-# What a fit settles; the rest (rule, sign, layers, scale, positions) may change when testing.
-SETTLED_BY_FIT = ("pool", "coefficient_pool", "coefficient", "site")
 
 
-class CorrSteer(PairedEvaluation):
+class CorrSteer(Method):
     """Selects SAE features by their correlation with the reward, and steers with them.
 
     An epoch of "training" accumulates running sums and changes no weight: memory is O(1) in the number of
@@ -90,6 +92,12 @@ class CorrSteer(PairedEvaluation):
         True
     """
 
+    settings = Settings(
+        settled=("pool", "coefficient_pool", "coefficient", "site"),
+        resumed=("dtype", "sae_dtype"),
+        tested=("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
+    )
+
     def __init__(
         self,
         llm: str,
@@ -114,20 +122,23 @@ class CorrSteer(PairedEvaluation):
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
     ) -> None:
-        llm, saes = local_name(llm), local_name(saes)
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
+        llm, saes = self.llm_name, local_name(saes)
         self.save_hyperparameters()
         self.hparams["check_alignment"] = check_alignment or "off"
         self._check_options()
         self.schedule = Schedule(positions, first_k, decay)
+        self.saes: dict[int, SparseAutoencoder] = {}
+        self._identity: dict[str, Any] | None = None  # of the SAEs
+        self._probed: dict[int, SparseAutoencoder] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sums = Accumulator({}, ())
         self.selection: Selection | None = None
         self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
         self.snapshots: list[dict[str, Any]] = []
-        self.saes: dict[int, SparseAutoencoder] = {}
-        self.reading: ProbeReading | None = None
-        self._saes_identity: dict[str, Any] = {}
-        self.sums = Accumulator({}, (), torch.device("cpu"))
-        self._stored_sums: dict[str, Tensor] = {}
+        self._probe: tuple[int, Probe] | None = None  # with the layer that it looks at
 
     def _check_options(self) -> None:
         h = self.hparams
@@ -142,83 +153,60 @@ class CorrSteer(PairedEvaluation):
             raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")
         if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
             raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
+        if h["rule"] == "all" and h["sign"] == "negative":
+            raise UserError("model.rule is all, which takes positive candidates, but model.sign is negative.")
         if h["topk"] < 1:
             raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
 
     # ---------------------------------------------------------------- fit: accumulate
 
     def setup(self, stage: str) -> None:
-        """Load the model, and for a fit or a validation the autoencoders with their sums."""
+        """Load the model, and for a fit or a validation the autoencoders."""
         super().setup(stage)
-        if stage == "fit":
-            self.datamodule.fit_task.load(str(self.trainer.strategy.root_device))
-            self.fit_decoder = self.decoder_for(self.datamodule.fit_task)
-        if stage in ("fit", "validate") and not self.saes:
+        if stage == "validate":
+            self._require_saes()
+
+    def begin(self) -> None:
+        """Load the autoencoders, and set all sums to zero."""
+        self._require_saes()
+        self._forget()
+        self.sums = Accumulator({layer: sae.d_sae for layer, sae in self.saes.items()}, self.pools)
+
+    def _require_saes(self) -> None:
+        if not self.saes:
             self.saes = self._load_saes()
-            self._saes_identity = saes_identity(self.hparams["saes"], self.saes)
-            self.sums = self._no_sums()
-            if self._stored_sums:
-                self.load_state_dict(self._stored_sums)
-        if stage == "fit":
-            # A fit starts from nothing; going on with a checkpoint restores it after this.
-            self.sums, self.position, self.selection, self.snapshots = self._no_sums(), 0, None, []
+        if self._identity is None:
+            self._identity = saes_identity(self.hparams["saes"], self.saes)
 
     def _load_saes(self, layers: list[int] | None = None) -> dict[int, SparseAutoencoder]:
         h = self.hparams
         options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"]
         return load_saes(h["saes"], self.llm, layers or h["layers"], *options)
 
-    def on_train_start(self) -> None:
-        """See on the first prompts whether the SAEs fit the model.
-
-        Raises:
-            UserError: One does not, and ``check_alignment`` is ``error``.
-        """
-        if self.hparams["check_alignment"] != "off":
-            judge_alignments(self.alignments().values(), self.hparams["check_alignment"])
-
-    def alignments(self) -> dict[int, Alignment]:
-        """How well each SAE fits the model, by layer, measured on the first prompts of the fit."""
-        batch = next(iter(self.datamodule.train_dataloader()))
-        return alignments(self.llm, self.saes, batch.to(self.trainer.strategy.root_device))
-
-    def _no_sums(self) -> Accumulator:
-        widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
-        return Accumulator(widths, self.pools, self.llm.device)
-
     @property
     def pools(self) -> list[str]:
         """Which pools of an activation are summed."""
         return sorted({self.hparams["pool"], self.hparams["coefficient_pool"] or self.hparams["pool"]})
 
-    def configure_optimizers(self) -> None:
-        """Nothing is optimised."""
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Generate unsteered, score, and update the running sums."""
         reader = PoolReader(self.saes, self.pools)
-        texts = self.observe(batch, reader)
-        rewards = self.rewards(texts, batch, self.datamodule.fit_task)
+        texts = self.fit_answering.observe(batch, reader)
+        rewards = self.fit_rewards(texts, batch)
         for layer, pools in reader.pools.items():
             for kind, pool in pools.items():
                 self.sums.update(layer, kind, pool.value, rewards, batch.weight)
-        self.position = batch.end
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
 
-    def observe(self, batch: Batch, reader: PoolReader) -> list[str]:
-        """Let the model answer, or read, a batch of the fit while its activations are pooled; the answers."""
-        if self.datamodule.fit_task.generates:
-            return self.fit_decoder.generate(batch, reader)
-        self.fit_decoder.read(batch, reader)
-        return [""] * len(batch.examples)
+    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
+        """What activations are correlated with, ``(batch,)`` float64."""
+        return self.fit_answering.rewards(texts, batch)
 
     def on_train_epoch_end(self) -> None:
-        """Select on all that was counted, and stop: a second epoch would count the same samples again."""
-        self.trainer.should_stop = True
-        self.sums.merge()
-        counted = round(self.sums.moments(next(iter(self.saes)), self.hparams["pool"]).n.item())
-        if self.selection is None or self.selection.samples < counted:
+        """Select on all that was counted."""
+        super().on_train_epoch_end()
+        if self.selection is None or self.selection.samples < self.counted:
             self._validate()
 
     @torch.no_grad()
@@ -232,94 +220,91 @@ class CorrSteer(PairedEvaluation):
     # ---------------------------------------------------------------- validate: test the candidates
 
     def on_validation_epoch_start(self) -> None:
-        """Merge the sums and choose each layer's candidates."""
+        """Merge the sums, and choose each layer's candidates."""
         if self.trainer.sanity_checking:
             return
+        if not self.counted:
+            raise self.unfitted()
         self.sums.merge()
-        if self._is_complete:
+        if self._has_seen_all:
             self._refuse_equal_rewards()
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
         if not self.task.generates:
-            self.reading = self._probe_reading()
+            self._probe = self._fit_probe()
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
         self._tested = () if self.hparams["rule"] == "all" else self._candidates
         alone = [self._vectors([feature]) for feature in self._tested]
-        self._variants = SteeringVectors.stack([{}, *alone], self._schedule_here)
-        self._reward_sums = torch.zeros(len(self._variants) + 1, dtype=torch.float64, device=self.device)
+        self._trial = Trial(SteeringVectors.stack([{}, *alone], self._schedule_here), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up the rewards of the unsteered model and of each candidate alone."""
-        if self.trainer.sanity_checking:
-            return
-        rewards = [rewards for _, rewards in self.compared(batch, self._variants)]
-        weight = batch.weight.double()
-        self._reward_sums += torch.stack([r @ weight for r in rewards] + [weight.sum()])
+        """Try the unsteered model and each candidate alone."""
+        if not self.trainer.sanity_checking:
+            self._trial.step(self.answering, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Select by the rule, and keep a snapshot of how far the fit has come."""
         if self.trainer.sanity_checking:
             return
-        *totals, count = all_reduce_sum(self._reward_sums).tolist()
-        baseline, *alone = [total / count for total in totals]
+        baseline, alone = self._trial.result()
         candidates = tested(self._candidates, alone) if self._tested else self._candidates
         self.selection = self._describe_selection(candidates, baseline)
-        best = max(alone, default=baseline)
-        if self.snapshots and self.snapshots[-1]["samples"] == self.selection.samples:
-            self.snapshots.pop()
-        self.snapshots.append(
-            {
-                "samples": self.selection.samples,
-                "baseline_reward": baseline,
-                "best_candidate_reward": best,
-                "features": [[f.layer, f.index] for f in self.selection.features],
-            }
-        )
+        snapshot = {
+            "samples": self.counted,
+            "baseline_reward": baseline,
+            "best_candidate_reward": max(alone, default=baseline),
+        }
+        features = [[f.layer, f.index] for f in self.selection.features]
+        self.snapshots = [s for s in self.snapshots if s["samples"] != self.counted] + [
+            snapshot | {"features": features}
+        ]
         # Equal on all processes already, so their mean is right.
-        logged = {"samples": float(self.selection.samples), "baseline_reward": baseline, "best_candidate_reward": best}
-        self.log_dict({f"val/{name}": value for name, value in logged.items()}, sync_dist=True)
-
-    def leaders(self) -> list[Feature]:
-        """Each layer's top candidates by this process's sums so far, the largest |r| first, for display."""
-        return leading_features(self.sums, self.saes, self.hparams["pool"])
+        self.log_dict({f"val/{name}": float(value) for name, value in snapshot.items()}, sync_dist=True)
 
     @property
-    def _is_complete(self) -> bool:
+    def _has_seen_all(self) -> bool:
         fitting = self.trainer.state.fn == "fit"
         return not fitting or self.trainer.is_last_batch or self.trainer.should_stop
 
-    def rewards_differ(self) -> bool:
-        """Whether there is anything to correlate with so far. Every process must call it."""
+    def is_worth_saving(self) -> bool:
+        """Whether rewards differ so far: equal ones would never lead to a selection."""
         self.sums.merge()
-        moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
+        moments = self._moments
         variance = moments.n * moments.yy - moments.y**2
         return bool(variance > RELATIVE_VARIANCE_FLOOR * moments.n * moments.yy)
 
     def _refuse_equal_rewards(self) -> None:
-        if not self.rewards_differ():
-            moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
-            mean = (moments.y / moments.n.clamp(min=1)).item()
+        if not self.is_worth_saving():
+            moments = self._moments
             raise UserError(
-                f"all {round(moments.n.item())} rewards are {mean:g}, so there is nothing to correlate with. "
-                "Choose a task that the model solves sometimes, or more samples."
+                f"all {round(moments.n.item())} rewards are {_mean_reward(moments):g}, so there is nothing to "
+                "correlate with. Choose a task that the model solves sometimes, or more samples."
             )
 
+    @property
+    def _moments(self) -> Moments:
+        """Sums of one layer, for what all layers share."""
+        return self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
+
     def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
-        moments = self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
-        samples = round(moments.n.item())
         return Selection(
             rule=self.hparams["rule"],
             features=select(self.hparams["rule"], candidates, baseline),
             candidates=tuple(candidates),
             ranking=self._ranking,
             baseline_reward=baseline,
-            samples=samples,
-            reward=(moments.y / moments.n.clamp(min=1)).item(),
-            null_max_correlation=null_max_correlation(moments.n_features, samples),
+            samples=self.counted,
+            reward=_mean_reward(self._moments),
+            null_max_correlation=null_max_correlation(self._moments.n_features, self.counted),
             llm=self.llm.identity,
-            saes=self._saes_identity,
+            saes=self._identity or {},
         )
 
     # ---------------------------------------------------------------- test: steer
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a selection, be it empty."""
+        return self.selection is not None
 
     def _vectors(self, features: Sequence[Feature]) -> dict[Site, Tensor]:
         """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32."""
@@ -336,10 +321,7 @@ class CorrSteer(PairedEvaluation):
             UserError: Nothing has been fitted.
         """
         if self.selection is None:
-            raise UserError(
-                "the module has not been fitted: there is no selection. Run fit first, with --ckpt_path last if it was "
-                "interrupted, or give the checkpoint of a finished fit with --ckpt_path."
-            )
+            raise self.unfitted()
         return self._vectors(self.selection.features)
 
     def comparison(self) -> SteeringVectors:
@@ -348,96 +330,102 @@ class CorrSteer(PairedEvaluation):
 
     @property
     def _schedule_here(self) -> Schedule:
-        return self.schedule if self.task.generates else EVERYWHERE
+        return self.answering.schedule or self.schedule
 
     # ---------------------------------------------------------------- texts: a probe instead of an answer
 
-    def compared(self, batch: Batch, variants: Any) -> list[tuple[list[str], Tensor]]:
-        """Texts under each variant with their rewards; where nothing is generated, the probability of the label."""
-        if self.task.generates:
-            return super().compared(batch, variants)
-        if self.reading is None:
+    def _fit_probe(self) -> tuple[int, Probe]:
+        layer = max(self.saes)
+        moments = self.sums.moments(layer, self.hparams["pool"])
+        indices = [i for some in rank(pearson(moments), self.hparams["topk"]) for i in some]
+        return layer, Probe.fit(moments, indices)
+
+    def probe(self) -> ProbeReading:
+        """The probe of the fit, with its autoencoder.
+
+        Raises:
+            UserError: The fit was on a task that generates.
+        """
+        if self._probe is None:
             raise UserError(
                 f"the checkpoint has no probe for {self.task.reward_name}: it was not fitted on this task. Fit on it."
             )
-        found = self.reading.compare(self.decoder, batch, variants)
-        reverse = self.datamodule.hparams["reverse"]
-        return [([f"{p:.4f}" for p in some.tolist()], 1 - some if reverse else some) for some in found]
-
-    def _probe_reading(self) -> ProbeReading:
-        layer, pool = max(self.saes), self.hparams["pool"]
-        moments = self.sums.moments(layer, pool)
-        indices = [i for some in rank(pearson(moments), self.hparams["topk"]) for i in some]
-        return ProbeReading(Probe.fit(moments, indices), self.saes[layer], pool)
+        layer, probe = self._probe
+        if layer not in self._probed:
+            self._probed = self.saes or self._load_saes([layer])
+        return ProbeReading(probe, self._probed[layer], self.hparams["pool"])
 
     # ---------------------------------------------------------------- checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the merged sums, the selection, and whose they are; no weights."""
+    def state(self) -> dict[str, Any]:
+        """The selection, the directions of its candidates, and what rebuilds the sums, which are buffers."""
         self.sums.merge()
-        checkpoint["state_dict"] = self.state_dict()
-        checkpoint["corrsteer_pl"] = {
-            "position": self.position,
-            "settled": {name: self.hparams[name] for name in SETTLED_BY_FIT},
-            "precision": {name: self.hparams[name] for name in ("dtype", "sae_dtype")},
-            "samples": self.datamodule.fingerprint,
-            "llm": self.llm.identity,
-            "saes": self._saes_identity,
+        return {
+            "widths": self.sums.widths,
+            "pools": self.pools,
             "selection": self.selection.as_dict() if self.selection else None,
             "directions": self.directions,
             "snapshots": self.snapshots,
-            "probe": self.reading and {"layer": self.reading.sae.site.layer, **self.reading.probe.as_dict()},
+            "probe": self._probe and {"layer": self._probe[0], **self._probe[1].as_dict()},
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over sums and selection, and let Lightning's loops start afresh on the remaining samples.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over sums and selection, by this module's rule, sign and layers."""
+        try:
+            # Lightning fills the buffers after this.
+            self.sums = Accumulator({int(layer): d_sae for layer, d_sae in state["widths"].items()}, state["pools"])
+            fitted = None if state["selection"] is None else Selection.from_dict(state["selection"])
+            self.directions, self.snapshots = dict(state["directions"]), list(state["snapshots"])
+            self._probe = state["probe"] and (state["probe"]["layer"], Probe.from_dict(state["probe"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
+        if fitted is not None:
+            self._check_directions(fitted.candidates)
+            self.selection = self._reselect(fitted)
+
+    def _check_directions(self, candidates: Sequence[Feature]) -> None:
+        for f in candidates:
+            direction = self.directions.get(_name(f))
+            if not isinstance(direction, Tensor) or direction.ndim != 1 or not direction.isfinite().all():
+                raise damaged(f"it has no usable direction for the feature {_name(f)}")
+
+    def saes_identity(self) -> dict[str, Any] | None:
+        """Name and fingerprints of the autoencoders of the fit."""
+        return self._identity
+
+    def check_saes(self, stored: dict[str, Any] | None) -> None:
+        """Refuse other autoencoders than those of the fit.
 
         Raises:
-            UserError: The checkpoint is of another program, model or SAE, or an option that the fit settled differs.
+            UserError: They are others.
         """
-        if "corrsteer_pl" not in checkpoint:
-            raise UserError("the checkpoint was not written by corrsteer_pl. Give the last.ckpt of a fit.")
-        stored = checkpoint["corrsteer_pl"]
-        check_settled(stored["settled"], self.hparams)
-        if hasattr(self, "llm"):
-            check_llm(stored["llm"], self.llm.identity)
-            self._check_saes(stored["saes"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_settled(stored["precision"], self.hparams)
-            check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
-            check_samples(stored["samples"], self.datamodule.fingerprint)
-        self._saes_identity = stored["saes"]
-        self.position, self.directions, self.snapshots = stored["position"], stored["directions"], stored["snapshots"]
-        if stored["selection"] is not None:
-            self.selection = self._reselect(Selection.from_dict(stored["selection"]))
-        if stored["probe"]:
-            layer = stored["probe"]["layer"]
-            sae = (self.saes or self._load_saes([layer]))[layer]
-            self.reading = ProbeReading(Probe.from_dict(stored["probe"]), sae, self.hparams["pool"])
-        # Lightning's own progress counts batches of one world size; ours counts samples.
-        checkpoint.pop("loops", None)
-        if not self.saes:
-            self._stored_sums, checkpoint["state_dict"] = checkpoint["state_dict"], {}
-
-    def _check_saes(self, stored: dict[str, Any]) -> None:
         h = self.hparams
-        if self.saes:
-            check_saes(stored, self._saes_identity)
+        if stored is None or "name" not in stored or "fingerprints" not in stored:
+            raise damaged("it does not say which SAEs it was fitted with")
+        if self.saes and self._identity:
+            check_saes(stored, self._identity)
         elif h["saes"] != stored["name"]:
             check_saes(stored, saes_identity(h["saes"], self._load_saes()))
+        self._identity = stored
 
     def _reselect(self, fitted: Selection) -> Selection:
         """Apply this module's rule, sign and layers to the fit's candidates."""
         h = self.hparams
-        layers = {f.layer for f in fitted.candidates}
-        if missing := sorted(set(h["layers"] or ()) - layers) if layers else []:
-            raise UserError(
-                f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(sorted(layers))})."
-            )
+        layers = sorted({f.layer for f in fitted.candidates})
+        if missing := sorted(set(h["layers"] or ()) - set(layers)) if layers else []:
+            raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(layers)}).")
         candidates = [
             f for f in fitted.candidates
             if h["sign"] in ("both", f.sign) and (h["layers"] is None or f.layer in h["layers"])
         ]  # fmt: skip
+        if fitted.candidates and not candidates:
+            signs = choices(sorted({f.sign for f in fitted.candidates}))
+            raise UserError(
+                f"model.sign is {h['sign']}, but the candidates of the fit are {signs} in the layers asked for. Set "
+                "model.sign to what the fit has, or fit again."
+            )
+        if h["rule"] == "all" and candidates and not any(f.sign == "positive" for f in candidates):
+            raise UserError("model.rule is all, which takes positive candidates, but the fit has none. Fit again.")
         if h["rule"] != "all" and any(f.validation_reward is None for f in candidates):
             raise UserError(
                 f"model.rule is {h['rule']}, which needs tested candidates, but the checkpoint was fitted with rule "
@@ -445,6 +433,71 @@ class CorrSteer(PairedEvaluation):
             )
         return replace(fitted, rule=h["rule"], features=select(h["rule"], candidates, fitted.baseline_reward))
 
+    # ---------------------------------------------------------------- what users see
+
+    def write(self, folder: Path) -> None:
+        """``selection.json`` and ``steering.safetensors``."""
+        if self.selection is None:
+            raise self.unfitted()
+        write_json(folder / "selection.json", {**self.selection.as_dict(), "snapshots": self.snapshots})
+        vectors = SteeringVectors(self.steering_vectors(), self.schedule)
+        write_atomically(folder / "steering.safetensors", vectors.save)
+
+    def tables(self) -> list[Table]:
+        """The tested candidates."""
+        return [selection_table(self.selection)] if self.selection else []
+
+    def headline(self) -> dict[str, str]:
+        """The features that lead so far, as ``layer/index r``."""
+        leaders = leading_features(self.sums, self.saes, self.hparams["pool"])[:3]
+        return {"top": "  ".join(f"{f.layer}/{f.index} {f.correlation:+.2f}" for f in leaders)}
+
+    def alignments(self) -> dict[int, Alignment]:
+        """How well each SAE fits the model, by layer, measured on the first prompts of the fit."""
+        batch = next(iter(self.datamodule.train_dataloader())).to(self.trainer.strategy.root_device)
+        return alignments(self.llm, self.saes, batch)
+
+    def verify(self) -> None:
+        """See on the first prompts whether the SAEs fit the model.
+
+        Raises:
+            UserError: One does not, and ``check_alignment`` is ``error``.
+        """
+        if self.hparams["check_alignment"] != "off":
+            judge_alignments(self.alignments().values(), self.hparams["check_alignment"])
+
+    def rehearse(self, batch: Batch) -> tuple[list[str], Iterator[Table]]:
+        """Answers, which positions are read and steered, and how well the SAEs fit."""
+        watch = Watch(self.saes, self.pools)
+        texts = self.fit_answering.observe(batch, watch)
+        return texts, self._inspected(batch, watch)
+
+    def _inspected(self, batch: Batch, watch: Watch) -> Iterator[Table]:
+        if self.datamodule.fit_task.generates:
+            site = next(iter(self.saes.values())).site
+            yield positions_table(self.llm, self.fit_answering.decoder, batch, watch, site, self.schedule)
+        yield parts_table(self.saes, self.alignments())
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """Bytes of SAEs, sums and pooled activations."""
+        weights = [p for sae in self.saes.values() for p in sae.sae.parameters() if p.device == sae.sae.device]
+        pooled = len(batch.examples) * len(self.pools) * sum(sae.d_sae for sae in self.saes.values()) * 4
+        return {
+            "SAEs": sum(p.nbytes for p in weights),
+            "running sums": self.sums.size,
+            "pooled activations": pooled,
+        }
+
+    @property
+    def variants(self) -> int:
+        """The unsteered model and the candidates of a validation."""
+        signs = 2 if self.hparams["sign"] == "both" else 1
+        return 1 if self.hparams["rule"] == "all" else 1 + signs * len(self.saes)
+
 
 def _name(feature: Feature) -> str:
     return f"{feature.layer}/{feature.index}"
+
+
+def _mean_reward(moments: Moments) -> float:
+    return (moments.y / moments.n.clamp(min=1)).item()

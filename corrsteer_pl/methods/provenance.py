@@ -1,21 +1,134 @@
-"""Whether a checkpoint belongs to the model, the SAEs, the options and the data at hand."""
+"""What a checkpoint says of its own origin, and whether it belongs to the model, the options and the data at hand."""
 
+import zipfile
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
 
 from corrsteer_pl.errors import UserError, choices
 
+KEY = "corrsteer_pl"
+FORMAT = 2
+LIBRARIES = ("corrsteer_pl", "torch", "lightning", "transformers", "sae-lens")
 
-def check_settled(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint comes from.
+
+    Attributes:
+        method: Name of the method that was fitted.
+        llm: Name and fingerprint of the language model.
+        saes: Name and fingerprints of the autoencoders; None for a method without.
+        settled: Options of the method that a fit settles: no later stage may have others.
+        resumed: Options of the method that a fit can only go on with.
+        samples: Fingerprint of the samples of the fit.
+        counted: How many of them were counted.
+        versions: Versions of the libraries.
+        state: What the method itself stores.
+        format: Version of this record.
+    """
+
+    method: str
+    llm: dict[str, Any]
+    saes: dict[str, Any] | None
+    settled: dict[str, Any]
+    resumed: dict[str, Any]
+    samples: str
+    counted: int
+    versions: dict[str, str]
+    state: dict[str, Any]
+    format: int = FORMAT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def read(cls, checkpoint: Mapping[str, Any]) -> Self:
+        """The record in a checkpoint.
+
+        Raises:
+            UserError: The checkpoint is of another program or of another format, or the record is damaged.
+        """
+        plain = checkpoint.get(KEY)
+        if not isinstance(plain, dict):
+            raise UserError("the checkpoint was not written by corrsteer_pl. Give the last.ckpt of a fit.")
+        if (found := plain.get("format", 1)) != FORMAT:
+            raise UserError(
+                f"the checkpoint has format {found}, but this version of corrsteer_pl reads format {FORMAT}. "
+                "Fit again, or use the version that wrote it."
+            )
+        kinds = {"method": str, "llm": dict, "settled": dict, "resumed": dict, "samples": str, "counted": int}
+        kinds |= {"versions": dict, "state": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(plain.get(name), kind)]
+        wrong += [] if isinstance(plain.get("saes", 0), (dict, type(None))) else ["saes"]
+        wrong += ["llm"] if "llm" not in wrong and not {"name", "fingerprint"} <= plain["llm"].keys() else []
+        if wrong or set(plain) != {field.name for field in fields(cls)}:
+            raise damaged(f"its record has no usable {choices(wrong)}" if wrong else "its record has other fields")
+        return cls(**plain)
+
+
+def damaged(what: str) -> UserError:
+    """The sentence for a checkpoint that cannot be relied on."""
+    return UserError(f"the checkpoint is damaged: {what}. Fit again to make a new one.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what its results depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All that a checkpoint holds; every byte is compared with the checksums in the file.
+
+    Raises:
+        UserError: No such file, a damaged one, or one of another program or format.
+    """
+    if not path.is_file():
+        raise UserError(f"the checkpoint {str(path)!r} does not exist. Give the last.ckpt of a fit with --ckpt_path.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Whatever is in the file, it is not a checkpoint; torch.load raises many kinds.
+        raise UserError(
+            f"the checkpoint {str(path)!r} is damaged or none at all. Fit again to make a new one."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"the checkpoint {str(path)!r} was not written by corrsteer_pl. Give the last.ckpt of a fit.")
+    Provenance.read(checkpoint)
+    return checkpoint
+
+
+def check_method(stored: str, own: str) -> None:
+    """Refuse the checkpoint of another method.
+
+    Raises:
+        UserError: Naming both.
+    """
+    if stored != own:
+        raise UserError(
+            f"the checkpoint was fitted by the method {stored}, but the method is {own}. Leave out --method, or fit "
+            "again."
+        )
+
+
+def check_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse a change of options that the fit settled.
 
     Raises:
         UserError: Naming the option and both values.
     """
     for name, value in stored.items():
-        if value != given[name]:
+        if value != given.get(name):
             raise UserError(
-                f"model.{name} is {given[name]}, but the checkpoint was fitted with {value}, which a fit settles. "
+                f"model.{name} is {given.get(name)}, but the checkpoint was fitted with {value}, which a fit settles. "
                 "Leave it out, or fit again."
             )
 

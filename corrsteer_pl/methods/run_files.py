@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import check_writable, write_atomically, write_json, write_jsonl
-from corrsteer_pl.interventions.steering import SteeringVectors
 
 LAST = "last.ckpt"
 
@@ -16,7 +15,7 @@ LAST = "last.ckpt"
 class RunFiles(Checkpoint):
     """Writes a run's results below the trainer's ``default_root_dir``, each file whole or not at all.
 
-    ``last.ckpt``, ``selection.json`` and ``steering.safetensors`` by a fit; ``test/<task>[-<tag>]/metrics.json``
+    ``last.ckpt`` and what the method writes by a fit; ``test/<task>[-<tag>]/metrics.json``
     and ``outcomes.jsonl`` by a test; ``predict/<task>[-<tag>].jsonl`` by a prediction. A trial run (``fast_dev_run``)
     writes nothing.
 
@@ -44,7 +43,7 @@ class RunFiles(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save an unfinished fit now and then."""
         due = trainer.global_step % self.every_n_train_steps == 0
-        if due and not pl_module.trainer.fast_dev_run and pl_module.rewards_differ():
+        if due and not pl_module.trainer.fast_dev_run and pl_module.is_worth_saving():
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -59,15 +58,8 @@ class RunFiles(Checkpoint):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the comparison."""
         if trainer.is_global_zero and not pl_module.trainer.fast_dev_run:
-            task = pl_module.datamodule.hparams["task"]
-            self.written = self._folder(trainer) / "test" / self._tagged(task)
-            settings = {"task": task, "split": "test", "model": pl_module.llm.name, "scale": pl_module.hparams["scale"]}
-            settings |= {name: pl_module.hparams[name] for name in ("rule", "sign", "positions", "dtype")}
-            asked = ("path", "subset", "filter", "task_args", "shots", "restrict", "reverse")
-            settings |= {name: pl_module.datamodule.hparams[name] for name in asked}
-            settings["chat_template"] = pl_module.datamodule.uses_chat(pl_module.llm)
-            settings["reward"] = pl_module.task.reward_name
-            write_json(self.written / "metrics.json", {**settings, **pl_module.metrics})
+            self.written = self._folder(trainer) / "test" / self._tagged(pl_module.datamodule.hparams["task"])
+            write_json(self.written / "metrics.json", {**_described(pl_module), **pl_module.metrics})
             write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -82,24 +74,34 @@ class RunFiles(Checkpoint):
             return
         self._save(trainer)
         if trainer.is_global_zero:
-            self._write_selection(self._folder(trainer), module)
-
-    def _write_selection(self, folder: Path, module: Any) -> None:
-        self.written = folder
-        write_json(folder / "selection.json", {**module.selection.as_dict(), "snapshots": module.snapshots})
-        vectors = SteeringVectors(module.steering_vectors(), module.schedule)
-        write_atomically(folder / "steering.safetensors", vectors.save)
+            self.written = self._folder(trainer)
+            module.write(self.written)
 
     def _save(self, trainer: Trainer) -> None:
+        # Every process takes part, for what they counted is merged; one of them writes.
         last = self._folder(trainer) / LAST
-        # All processes take part, for their sums are merged; the name is the same on all of them.
-        unfinished = last.with_name(f".{LAST}.tmp")
-        trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
-            unfinished.replace(last)
+            write_atomically(last, lambda file: trainer.save_checkpoint(file, weights_only=False))
+        else:
+            trainer.save_checkpoint(last, weights_only=False)
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir)
 
     def _tagged(self, name: str) -> str:
         return f"{Path(name).name}-{self.tag}" if self.tag else Path(name).name
+
+
+def _described(method: Any) -> dict[str, Any]:
+    """What a test was made with: every option that may differ from its fit's."""
+    data = method.datamodule
+    return {
+        "method": method.name,
+        "task": data.hparams["task"],
+        "split": "test",
+        "model": method.llm.name,
+        **method.options(method.settings.tested),
+        **{name: data.hparams[name] for name in data.TESTED},
+        "chat_template": data.uses_chat(method.llm),
+        "reward": method.task.reward_name,
+    }

@@ -187,7 +187,7 @@ def test_bad_checkpoints_are_one_sentence(here, capsys, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     assert "not written by corrsteer_pl" in refused(capsys, "test", "--ckpt_path", str(tmp_path / "foreign.ckpt"))
     checkpoint = torch.load(CKPT, weights_only=True)
-    checkpoint["corrsteer_pl"]["selection"] = None
+    checkpoint["corrsteer_pl"]["state"]["selection"] = None
     torch.save(checkpoint, tmp_path / "unfinished.ckpt")
     error = refused(capsys, "test", "--ckpt_path", str(tmp_path / "unfinished.ckpt"))
     assert "has not been fitted" in error
@@ -251,21 +251,21 @@ def test_more_processes_than_samples_are_refused():
 
     data = TaskDataModule("demo_qa", train_size=3)
     data.setup("fit")
-    data.trainer = SimpleNamespace(world_size=4, global_rank=0, lightning_module=SimpleNamespace(position=0))
+    data.trainer = SimpleNamespace(world_size=4, global_rank=0, lightning_module=SimpleNamespace(counted=0))
     with pytest.raises(UserError, match="4 processes share 3 train samples; each needs at least one"):
         data.train_dataloader()
 
 
 @pytest.mark.parametrize(
     ("option", "samples"),
-    [("max_steps=2", 64), ("limit_val_batches=0", 96), ("check_val_every_n_epoch=2", 96), ("val_check_interval=2", 96)],
+    [("max_steps=2", 64), ("check_val_every_n_epoch=2", 96), ("val_check_interval=2", 96)],
 )
 def test_a_fit_selects_on_all_that_it_counted(option, samples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "demo.yaml", *SMALL, f"--trainer.{option}"]) == 0
     selection = json.loads(Path("checkpoints/demo/selection.json").read_text())
     assert selection["samples"] == samples
-    assert torch.load(CKPT, weights_only=True)["corrsteer_pl"]["selection"]["samples"] == samples
+    assert torch.load(CKPT, weights_only=True)["corrsteer_pl"]["state"]["selection"]["samples"] == samples
 
 
 def test_the_command_line_overrules_a_configuration_in_any_order(here):

@@ -11,7 +11,7 @@ from corrsteer_pl import CorrSteer, TaskDataModule, demo
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.probing import ProbeReading
+from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import load_saes
@@ -92,8 +92,8 @@ def test_a_probe_compares_variants_whatever_their_grouping(llm):
     vectors = [{}, {Site(0, "resid_post"): 3 * saes[0].direction(5)}, {Site(0, "resid_post"): -saes[0].direction(9)}]
     variants = SteeringVectors.stack(vectors, Schedule("all"))
     batch = batch_of(llm, TEXTS)
-    together = reading.compare(Decoder(llm, 1, candidate_batch_size=8), batch, variants)
-    alone = reading.compare(Decoder(llm, 1, candidate_batch_size=1), batch, variants)
+    together = reading.probabilities(Decoder(llm, 1, candidate_batch_size=8), batch, variants)
+    alone = reading.probabilities(Decoder(llm, 1, candidate_batch_size=1), batch, variants)
     assert len(together) == len(alone) == 3
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

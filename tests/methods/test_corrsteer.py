@@ -56,7 +56,9 @@ def test_correlations_equal_a_naive_computation_over_all_samples(fitted):
     for example in data.examples["train"]:
         ids, mask = module.llm.left_pad([module.llm.token_ids(example.prompt)])
         reader = PoolReader({layer: module.saes[layer]}, ["max"])
-        texts = module.decoder.generate(type("Prompts", (), {"input_ids": ids, "attention_mask": mask}), reader)
+        texts = module.answering.decoder.generate(
+            type("Prompts", (), {"input_ids": ids, "attention_mask": mask}), reader
+        )
         xs.append(reader.pools[layer]["max"].value[0].double())
         ys.append(data.task.reward(texts, [example])[0])
     x, y = torch.stack(xs).numpy(), torch.tensor(ys).numpy()
@@ -335,7 +337,7 @@ def test_nothing_improves_is_a_result(fitted, tmp_path):
     checkpoint_trainer = fitted[2]
     checkpoint_trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    checkpoint["corrsteer_pl"]["selection"] = stored.as_dict()
+    checkpoint["corrsteer_pl"]["state"]["selection"] = stored.as_dict()
     torch.save(checkpoint, tmp_path / "y.ckpt")
     loaded = CorrSteer.load_from_checkpoint(tmp_path / "y.ckpt")
     make_trainer().test(loaded, datamodule=data, verbose=False)

@@ -118,7 +118,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
     time.sleep(seconds_after_first_checkpoint)
     os.killpg(process.pid, how)  # its own processes alone: it leads a session
     assert process.wait(timeout=60) == (-how if how == signal.SIGKILL else 128 + how)
-    return torch.load(last, weights_only=True)["corrsteer_pl"]["position"]
+    return torch.load(last, weights_only=True)["corrsteer_pl"]["counted"]
 
 
 @pytest.mark.slow
@@ -142,8 +142,8 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
     ],
 )
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
-    position = interrupted(tmp_path, how, delay, *before)
-    assert 0 < position < 101
+    counted = interrupted(tmp_path, how, delay, *before)
+    assert 0 < counted < 101
     cli(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
     # Activations are float32, and other batches round otherwise.
     rounding = {"rtol": 1e-5, "atol": 1e-4} if "--data.batch_size" in after else {}

@@ -1,0 +1,298 @@
+"""The contract of a method: what a Trainer runs, what is asked of it, and what it may leave to this class."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.table import Table
+
+from corrsteer_pl.data import Batch
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.answering import Answering, Generating, ProbeReading, Reading
+from corrsteer_pl.methods.evaluation import PairedEvaluation
+from corrsteer_pl.methods.provenance import (
+    KEY,
+    Provenance,
+    check_llm,
+    check_method,
+    check_options,
+    check_same_data,
+    check_samples,
+    versions,
+)
+from corrsteer_pl.methods.registry import method_name
+from corrsteer_pl.models.decoding.decode import Decoder
+from corrsteer_pl.models.llm import LanguageModel, local_name
+from corrsteer_pl.options import check_options as check_kinds
+from corrsteer_pl.strategy import prepare
+from corrsteer_pl.tasks import Task
+
+# Trainer options without which a stage has no step.
+STEPS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When the options of a method may change.
+
+    Attributes:
+        settled: A fit settles them: a later stage with other values is refused.
+        resumed: A fit can only go on with its own; a test may have others.
+        tested: A test may have others; they name its results and stand in its ``metrics.json``.
+    """
+
+    settled: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ("dtype",)
+    tested: tuple[str, ...] = ("dtype", "llm_args")
+
+
+class Method(PairedEvaluation):
+    """A frozen language model, and a way to change what it answers.
+
+    A subclass needs ``training_step`` and :meth:`comparison`; all else has a default that does nothing more. A fit is
+    one pass over its samples, whatever the method. The language model is no child module: it stays out of checkpoints,
+    and is on the right device and in the right precision once :meth:`setup` has run.
+
+    Args:
+        llm: Path or Hub id of the model, or ``demo``.
+        dtype: Its precision: ``float32``, ``bfloat16`` or ``float16``.
+        llm_args: Further options of :meth:`~corrsteer_pl.models.llm.LanguageModel.load`.
+        candidate_batch_size: How many variants of every prompt share a forward pass; ``auto`` for as many as about a
+            gibibyte, or a sixteenth of a GPU's memory, allows.
+
+    Attributes:
+        trains: Whether a fit trains parameters of this module. Then DDP averages their gradients; otherwise there are
+            none, and what processes have counted is merged by the method itself.
+        settings: When the options of ``__init__`` may change.
+        llm: The language model.
+        counted: How many samples of the fit all processes have counted.
+        fit_answering: How the task that is fitted on is answered; during a fit.
+    """
+
+    trains: ClassVar[bool] = False
+    settings: ClassVar[Settings] = Settings()
+
+    llm: LanguageModel
+    fit_answering: Answering
+
+    def __init__(
+        self, llm: str, dtype: str = "float32", llm_args: dict | None = None, candidate_batch_size: int | str = "auto"
+    ) -> None:
+        super().__init__()
+        known = [name for name in inspect.signature(LanguageModel.load).parameters if name not in ("name", "dtype")]
+        check_kinds(LanguageModel.load, llm_args or {}, "model.llm_args", known)
+        size = candidate_batch_size
+        if size != "auto" and not (isinstance(size, int) and size >= 1):
+            raise UserError(
+                f"model.candidate_batch_size is {size!r}; it is a number of candidates, at least 1, or auto."
+            )
+        self.llm_name, self.dtype_name, self.llm_args = local_name(llm), dtype, llm_args or {}
+        self.candidate_batch_size = candidate_batch_size
+        self.counted = 0
+        self._record: Provenance | None = None
+
+    # ---------------------------------------------------------------- what a method may say of itself
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is something to compare with the unchanged model."""
+        return self.counted > 0
+
+    def begin(self) -> None:
+        """Start a fit from nothing; the model is loaded."""
+
+    def is_worth_saving(self) -> bool:
+        """Whether an unfinished fit has something to save. Every process must call it."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside parameters and buffers: plain values and tensors. On every process."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave; the model need not be loaded."""
+
+    def saes_identity(self) -> dict[str, Any] | None:
+        """Name and fingerprints of the autoencoders; None for a method without."""
+        return None
+
+    def check_saes(self, stored: dict[str, Any] | None) -> None:
+        """Refuse other autoencoders than those of the fit."""
+
+    def probe(self) -> ProbeReading:
+        """The probe by which texts that are only read are judged.
+
+        Raises:
+            UserError: There is none.
+        """
+        raise UserError(
+            f"{type(self).__name__} compares answers, but {self.datamodule.hparams['task']} has texts that are not "
+            "answered. Set data.task to a task that generates."
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write what a fit leaves beside its checkpoint; called on one process."""
+
+    def tables(self) -> list[Table]:
+        """What is shown at the end of a fit or a validation."""
+        return []
+
+    def headline(self) -> dict[str, str]:
+        """What the progress bar says of a fit so far, by this process alone."""
+        return {}
+
+    def rehearse(self, batch: Batch) -> tuple[list[str], Iterator[Table]]:
+        """For ``doctor``: the work of a fit on one batch.
+
+        Returns:
+            The unchanged model's answers, and what else is to be shown of the batch and of the method's parts, made
+            when it is asked for.
+        """
+        return self.fit_answering.observe(batch), iter(())
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """For ``doctor``: bytes that the method's parts take beside the model, by name."""
+        return {}
+
+    @property
+    def variants(self) -> int:
+        """For ``doctor``: how many variants of the model a validation compares, the unchanged one included."""
+        return 0
+
+    def verify(self) -> None:
+        """See on the first prompts of a fit whether all parts fit together.
+
+        Raises:
+            UserError: They do not.
+        """
+
+    # ---------------------------------------------------------------- what all methods share
+
+    @property
+    def name(self) -> str:
+        """The name under which the method is registered."""
+        return method_name(type(self))
+
+    def setup(self, stage: str) -> None:
+        """Load the language model onto this process's device, and what the task's reward needs."""
+        for option in STEPS.get(stage, ()):
+            if getattr(self.trainer, option) == 0:
+                raise UserError(
+                    f"--trainer.{option} is 0, which leaves nothing to do. Leave it out, or set it above 0."
+                )
+        prepare(self.trainer, self.trains)
+        self._load_llm()
+        tasks = {self.datamodule.task, self.datamodule.fit_task} if stage == "fit" else {self.datamodule.task}
+        for task in tasks if stage != "predict" else ():
+            task.load(str(self.trainer.strategy.root_device))
+        self.answering = self._answering(self.datamodule.task, stage if stage != "fit" else "validate")
+        if stage == "fit":
+            self.fit_answering = self._answering(self.datamodule.fit_task, stage)
+            # Going on with a checkpoint restores it after this.
+            self.counted, self._record = 0, None
+            self.begin()
+        elif self._record is not None:
+            self._check_parts(self._record)
+
+    def _load_llm(self) -> None:
+        if not hasattr(self, "llm"):
+            self.check_processes(self.trainer.world_size)
+            self.llm = LanguageModel.load(self.llm_name, self.dtype_name, **self.llm_args)
+            self.datamodule.warn_of_base_model(self.llm)
+        if not self.llm.placed:
+            self.llm.model.to(self.trainer.strategy.root_device)
+        # What cannot be identified could not be saved: better before the first batch than after the last.
+        _ = self.llm.identity
+
+    def _answering(self, task: Task, stage: str) -> Answering:
+        reverse = self.datamodule.hparams["reverse"]
+        answers = self.datamodule.answers(self.llm, task)
+        tokens = self.llm.single_tokens(answers) if answers else None
+        allowed = tokens if self.datamodule.hparams["restrict"] else None
+        decoder = Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
+        if task.generates:
+            return Generating(decoder, task, reverse)
+        return Reading(decoder, task, reverse, self.probe)
+
+    def check_processes(self, count: int) -> None:
+        """See whether so many processes can each have the model.
+
+        Raises:
+            UserError: The model is spread over devices, and there are several processes.
+        """
+        if self.llm_args.get("device_map") and count > 1:
+            raise UserError(
+                f"model.llm_args.device_map is {self.llm_args['device_map']!r}, which spreads one model over all "
+                f"devices, but {count} processes would each do so. Leave it out, or set trainer.devices to 1."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """Nothing is optimised, unless a method says otherwise."""
+        return None
+
+    def on_train_start(self) -> None:
+        """See whether all parts fit together."""
+        self.verify()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Count the batch. Checkpoints are written between batches, where its step is done."""
+        self.counted = batch.end
+
+    def on_train_epoch_end(self) -> None:
+        """Stop: a second epoch would count the same samples again."""
+        self.trainer.should_stop = True
+
+    def options(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Values of those of the named options that the method has."""
+        return {name: self.hparams[name] for name in names if name in self.hparams}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what was learnt and whose it is; no weight of the language model."""
+        state = self.state()
+        checkpoint["state_dict"] = self.state_dict()
+        checkpoint[KEY] = Provenance(
+            method=self.name,
+            llm=self.llm.identity,
+            saes=self.saes_identity(),
+            settled=self.options(self.settings.settled),
+            resumed=self.options(self.settings.resumed),
+            samples=self.datamodule.fingerprint,
+            counted=self.counted,
+            versions=versions(),
+            state=state,
+        ).as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what was learnt; a fit goes on with the remaining samples.
+
+        Raises:
+            UserError: The checkpoint is of another program, method, model, SAE or format, or an option that the fit
+                settled differs.
+        """
+        record = Provenance.read(checkpoint)
+        check_method(record.method, self.name)
+        check_options(record.settled, self.hparams)
+        # Lightning's own progress counts batches of one world size; ours counts samples.
+        checkpoint.pop("loops", None)
+        self.counted, self._record = record.counted, record
+        if self._trainer is not None:
+            # A trainer has called setup before.
+            self._check_parts(record)
+            if self.trainer.state.fn == "fit":
+                check_options(record.resumed, self.hparams)
+                check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
+                check_samples(record.samples, self.datamodule.fingerprint)
+        self.restore(record.state)
+
+    def _check_parts(self, record: Provenance) -> None:
+        check_llm(record.llm, self.llm.identity)
+        self.check_saes(record.saes)

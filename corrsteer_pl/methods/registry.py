@@ -1,0 +1,27 @@
+"""Methods by name. A method is one module and one line here; nothing is imported before it is asked for."""
+
+from importlib import import_module
+from typing import Any
+
+from corrsteer_pl.errors import UserError, choices
+
+DEFAULT = "corrsteer"
+METHODS: dict[str, str] = {DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer"}
+
+
+def method_class(name: str) -> Any:
+    """The :class:`~corrsteer_pl.methods.base.Method` of a name.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in METHODS:
+        raise UserError(f"the method {name!r} is not known; choose one of {choices(METHODS)}.")
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def method_name(cls: type) -> str:
+    """The name under which a class is registered, or else its own."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, registered in METHODS.items() if registered == path), cls.__name__)
