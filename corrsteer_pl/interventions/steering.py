@@ -109,7 +109,7 @@ class SteeringVectors:
         Path(path).write_bytes(to_bytes(tensors, metadata))
 
     @classmethod
-    def stack(cls, variants: Sequence[Mapping[Site, Tensor]], schedule: Schedule) -> Self:
+    def stack(cls, variants: Sequence[Mapping[Site, Tensor]], schedule: Schedule | None = None) -> Self:
         """Several sets of vectors ``(d_model,)`` as variants, zero where a set leaves a site out."""
         like = {site: vector for variant in variants for site, vector in variant.items()}
         stacked = {

@@ -23,7 +23,8 @@ from corrsteer_pl.methods.provenance import (
     versions,
 )
 from corrsteer_pl.methods.registry import method_name
-from corrsteer_pl.models.decoding.decode import Decoder
+from corrsteer_pl.methods.trial import Trial, TrialResult
+from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel, local_name
 from corrsteer_pl.options import check_options as check_kinds
 from corrsteer_pl.strategy import prepare
@@ -137,6 +138,14 @@ class Method(PairedEvaluation):
             "answered. Set data.task to a task that generates."
         )
 
+    def tried(self) -> Intervention:
+        """What a validation compares, the unchanged model first."""
+        return self.comparison()
+
+    def conclude(self, result: TrialResult) -> None:
+        """Draw conclusions from a validation. Every process has the same result."""
+        self.log_validation({"baseline_reward": result.baseline, "reward": result.variants[0]})
+
     def write(self, folder: Path) -> None:
         """Write what a fit leaves beside its checkpoint; called on one process."""
 
@@ -164,7 +173,7 @@ class Method(PairedEvaluation):
     @property
     def variants(self) -> int:
         """For ``doctor``: how many variants of the model a validation compares, the unchanged one included."""
-        return 0
+        return 2
 
     def verify(self) -> None:
         """See on the first prompts of a fit whether all parts fit together.
@@ -248,6 +257,25 @@ class Method(PairedEvaluation):
     def on_train_epoch_end(self) -> None:
         """Stop: a second epoch would count the same samples again."""
         self.trainer.should_stop = True
+
+    def on_validation_epoch_start(self) -> None:
+        """Prepare what is tried."""
+        if not self.trainer.sanity_checking:
+            self._trial = Trial(self.tried(), self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Try all variants on a batch."""
+        if not self.trainer.sanity_checking:
+            self._trial.step(self.answering, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Bring the rewards of all processes together."""
+        if not self.trainer.sanity_checking:
+            self.conclude(self._trial.result())
+
+    def log_validation(self, values: dict[str, float]) -> None:
+        """Log numbers that are equal on all processes already, so that their mean is right."""
+        self.log_dict({f"val/{name}": float(value) for name, value in values.items()}, sync_dist=True)
 
     def options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Values of those of the named options that the method has."""

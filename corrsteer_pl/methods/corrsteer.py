@@ -20,7 +20,7 @@ from corrsteer_pl.methods.base import Method, Settings
 from corrsteer_pl.methods.candidates import leading_features, rank_features
 from corrsteer_pl.methods.inspection import Watch, parts_table, positions_table
 from corrsteer_pl.methods.provenance import check_saes, damaged
-from corrsteer_pl.methods.trial import Trial
+from corrsteer_pl.methods.trial import TrialResult
 from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
@@ -219,10 +219,8 @@ class CorrSteer(Method):
 
     # ---------------------------------------------------------------- validate: test the candidates
 
-    def on_validation_epoch_start(self) -> None:
-        """Merge the sums, and choose each layer's candidates."""
-        if self.trainer.sanity_checking:
-            return
+    def tried(self) -> SteeringVectors:
+        """Merge the sums, and choose each layer's candidates: the unsteered model, and each candidate alone."""
         if not self.counted:
             raise self.unfitted()
         self.sums.merge()
@@ -232,33 +230,20 @@ class CorrSteer(Method):
         if not self.task.generates:
             self._probe = self._fit_probe()
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
-        self._tested = () if self.hparams["rule"] == "all" else self._candidates
-        alone = [self._vectors([feature]) for feature in self._tested]
-        self._trial = Trial(SteeringVectors.stack([{}, *alone], self._schedule_here), self.device)
+        tried = () if self.hparams["rule"] == "all" else self._candidates
+        return SteeringVectors.stack([{}, *(self._vectors([f]) for f in tried)], self._schedule_here)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Try the unsteered model and each candidate alone."""
-        if not self.trainer.sanity_checking:
-            self._trial.step(self.answering, batch)
-
-    def on_validation_epoch_end(self) -> None:
+    def conclude(self, result: TrialResult) -> None:
         """Select by the rule, and keep a snapshot of how far the fit has come."""
-        if self.trainer.sanity_checking:
-            return
-        baseline, alone = self._trial.result()
-        candidates = tested(self._candidates, alone) if self._tested else self._candidates
+        baseline, alone = result
+        candidates = tested(self._candidates, alone) if alone else self._candidates
         self.selection = self._describe_selection(candidates, baseline)
-        snapshot = {
-            "samples": self.counted,
-            "baseline_reward": baseline,
-            "best_candidate_reward": max(alone, default=baseline),
-        }
+        best = max(alone, default=baseline)
+        logged = {"samples": self.counted, "baseline_reward": baseline, "best_candidate_reward": best}
         features = [[f.layer, f.index] for f in self.selection.features]
-        self.snapshots = [s for s in self.snapshots if s["samples"] != self.counted] + [
-            snapshot | {"features": features}
-        ]
-        # Equal on all processes already, so their mean is right.
-        self.log_dict({f"val/{name}": float(value) for name, value in snapshot.items()}, sync_dist=True)
+        earlier = [snapshot for snapshot in self.snapshots if snapshot["samples"] != self.counted]
+        self.snapshots = [*earlier, {**logged, "features": features}]
+        self.log_validation(logged)
 
     @property
     def _has_seen_all(self) -> bool:
