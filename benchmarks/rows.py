@@ -107,7 +107,7 @@ def rows(options: Namespace) -> Iterator[Row]:
         "plain_batched, prefix and all", 2, repeats,
         lambda: [Decoder(world.llm, 1).generate(shots)], lambda: plain.plain_batched(world, shots, [], 1),
     )  # fmt: skip
-    yield _fit_pass(world, options)
+    yield from _fit_passes(world, options)
     yield _steered_decoding(world, options)
 
 
@@ -137,26 +137,32 @@ def _whole_fit(world: World, options: Namespace) -> Row:
     return measure(f"{title}, {candidates} candidates", "plain_reference", 5, options.repeats, ours, other, same)
 
 
-def _fit_pass(world: World, options: Namespace) -> Row:
+def _fit_passes(world: World, options: Namespace) -> Iterator[Row]:
     prompts = world.prompts(options.fit_prompts, options.tokens)
+    work = f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens"
 
-    def ours() -> Accumulator:
+    def ours(size: int) -> Accumulator:
         sums = no_sums(world)
-        fit_pass(world, Decoder(world.llm, 1), prompts.input_ids.split(BATCH), sums)
+        fit_pass(world, Decoder(world.llm, 1), prompts.input_ids.split(size), sums)
         sums.merge()
         return sums
 
-    def same(answer: Accumulator, expected: tuple[dict[int, torch.Tensor], torch.Tensor]) -> bool:
-        activations, rewards = expected
-        found = [(answer.moments(layer, "max"), x.double()) for layer, x in activations.items()]
+    def same(answer: Accumulator, expected: tuple[dict, Any]) -> bool:
+        activations = {layer: torch.as_tensor(x).double() for layer, x in expected[0].items()}
+        rewards = torch.as_tensor(expected[1], dtype=torch.float64)
+        found = [(answer.moments(layer, "max"), x) for layer, x in activations.items()]
         pairs = [pair for m, x in found for pair in ((m.x, x.sum(0)), (m.xx, (x**2).sum(0)), (m.xy, rewards @ x))]
         return all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in pairs)
 
-    return measure(
-        f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens",
-        "generation, and one product per layer", 1.15, options.repeats,
-        ours, lambda: plain.plain_fit_pass(world, prompts, BATCH), same, faster=False,
+    yield measure(
+        work, "generation, and one product per layer", 1.15, options.repeats,
+        lambda: ours(BATCH), lambda: plain.plain_fit_pass(world, prompts, BATCH), same, faster=False,
     )  # fmt: skip
+    for size in (1, 2, 4, 8, 16, 32):
+        yield measure(
+            f"{work}, batches of {size}", "plain_reference, one prompt at a time", 1, options.repeats,
+            lambda size=size: ours(size), lambda: plain.plain_collection(world, prompts), same,
+        )  # fmt: skip
 
 
 def _steered_decoding(world: World, options: Namespace) -> Row:

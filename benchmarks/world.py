@@ -127,7 +127,7 @@ def fit(world: World, folder: str, fitted: Any, validated: Any, **trainer: Any) 
 
 def no_sums(world: World) -> Accumulator:
     """Running sums of every SAE, still empty."""
-    return Accumulator({layer: sae.d_sae for layer, sae in world.saes.items()}, ["max"], world.llm.device)
+    return Accumulator({layer: sae.d_sae for layer, sae in world.saes.items()}, ["max"])
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """Keys and values of what was read, written where there is room instead of copied at every step."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -83,3 +84,10 @@ def picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     own = copy.deepcopy(cache)
     own.reorder_cache(rows)  # type: ignore[arg-type]
     return own
+
+
+def joined(caches: Sequence[FullCache]) -> FullCache:
+    """Caches of different rows, equally long, as one."""
+    layers = zip(*(cache.pairs for cache in caches), strict=True)
+    pairs = (tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in layers)
+    return FullCache(caches[0].room).fill((keys, values) for keys, values in pairs)

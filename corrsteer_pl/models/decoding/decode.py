@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from corrsteer_pl.models.decoding.branches import Branches, Rows, Run
-from corrsteer_pl.models.decoding.cache import ROOM, FullCache, picked
+from corrsteer_pl.models.decoding.cache import ROOM, FullCache, joined, picked
 from corrsteer_pl.models.decoding.prefix import SharedPrefix
 from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, require_rows
 from corrsteer_pl.models.hooks import PoolReader
@@ -19,8 +19,8 @@ from corrsteer_pl.models.llm import LanguageModel, positions_of
 
 # Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
-# Prompt tokens of a comparison on a CPU; more of them take longer each, for their activations leave the caches.
-CPU_TOKENS = 2700
+# Prompt tokens in one forward pass on a CPU; with more, activations leave its caches and each token takes longer.
+CPU_TOKENS = 1400
 # Tokens that the branches of a prompt may come to.
 BRANCH_TOKENS = 2048
 # An accelerator has to be waited for to see which generations have ended, a CPU has not.
@@ -133,14 +133,7 @@ class Decoder:
             )
         if branches is None:
             branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
-        parts = [self._compare(part, variants, branches) for part in self._parts(prompts, branches)]
-        return [[text for part in parts for text in part[variant]] for variant in range(len(variants))]
-
-    def _parts(self, prompts: Prompts, branches: bool) -> list[Prompts]:
-        """The batch in parts that a processor's caches can hold, where parts cost nothing."""
-        ids, mask = prompts.input_ids, prompts.attention_mask
-        size = max(1, CPU_TOKENS // ids.shape[1]) if branches and ids.device.type == "cpu" else len(ids)
-        return [_Prompts(some, seen) for some, seen in zip(ids.split(size), mask.split(size), strict=True)]
+        return self._compare(prompts, variants, branches)
 
     def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
         shared = not variants.changes_prompt
@@ -259,11 +252,26 @@ class Decoder:
             mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         if start < last:
-            positions = positions_of(mask)
-            self.llm.forward(ids[:, start:last], mask[:, :last], positions[:, start:last], cache)
-            if reader and reader.reads_prompt:
-                reader.read_prompt(mask[:, :last].bool() & self.llm.is_text(ids[:, :last]))
+            cache = self._read(ids[:, start:last], mask[:, :last], cache, reader)
         return _Prompts(ids, mask), cache
+
+    def _read(self, ids: Tensor, mask: Tensor, cache: Any, reader: PoolReader | None) -> Any:
+        """Read prompt tokens ``(batch, new)`` after those in a cache; the cache of all of them.
+
+        On a CPU a few prompts are read at a time, because the activations of many would not fit into its caches.
+        """
+        new, reads = ids.shape[1], reader is not None and reader.reads_prompt
+        size = max(1, CPU_TOKENS // new)
+        if ids.device.type != "cpu" or size >= len(ids) or reads or not isinstance(cache, FullCache):
+            self.llm.forward(ids, mask, positions_of(mask)[:, -new:], cache)
+            if reader and reads:
+                reader.read_prompt(mask[:, -new:].bool() & self.llm.is_text(ids))
+            return cache
+        parts = []
+        for rows in torch.arange(len(ids)).split(size):
+            parts.append(cache.picked(rows))
+            self.llm.forward(ids[rows], mask[rows], positions_of(mask[rows])[:, -new:], parts[-1])
+        return joined(parts)
 
     def _read_prefix(self, ids: Tensor) -> FullCache:
         cache, mask = FullCache(), torch.ones_like(ids)
