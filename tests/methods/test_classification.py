@@ -151,6 +151,21 @@ def test_texts_alone_are_validated_by_a_probe(requests, tmp_path):
     assert steered.metrics["difference"] == 0
 
 
+def test_reversed_labels_are_reversed_once(requests):
+    data = TaskDataModule("text_classification", requests, train_size=200, val_size=40, test_size=40, reverse=True)
+    module, trainer = CorrSteer("demo", "demo", layers=[0, 3]), make_trainer()
+    trainer.fit(module, datamodule=data)
+    # What goes with the absence of the label, added to every token, makes its absence more probable.
+    assert module.selection.features
+    trainer.test(module, datamodule=data, verbose=False)
+    m = module.metrics
+    assert m["reward_steered"] > m["reward_baseline"] + 0.05
+    assert m["groups"]["negative"]["reward_baseline"] > m["groups"]["positive"]["reward_baseline"]
+    # The texts still say how probable the label is.
+    for outcome in module.outcomes:
+        assert float(outcome.answer_baseline) == pytest.approx(1 - outcome.reward_baseline, abs=1e-4)
+
+
 def test_a_probe_has_to_be_fitted(requests, tmp_path):
     module, trainer = CorrSteer("demo", "demo", layers=[1]), make_trainer()
     trainer.fit(module, datamodule=TaskDataModule(train_size=96, val_size=20, test_size=20))

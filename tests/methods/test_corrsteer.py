@@ -426,6 +426,25 @@ def test_trainers_under_which_the_sums_would_be_wrong_are_refused():
         make_trainer().fit(CorrSteer("demo", "demo"), train_dataloaders=[1], val_dataloaders=[1])
 
 
+@pytest.mark.parametrize("option", ["limit_train_batches", "limit_val_batches", "max_epochs"])
+def test_fits_without_a_step_are_refused(option):
+    with pytest.raises(UserError, match=f"--trainer.{option} is 0, which leaves nothing to do"):
+        fit(**{option: 0})
+
+
+def test_validating_before_fitting_is_an_error():
+    with pytest.raises(UserError, match="has not been fitted"):
+        make_trainer().validate(CorrSteer("demo", "demo"), datamodule=TaskDataModule(**SMALL))
+
+
+def test_predictions_are_not_judged(fitted, monkeypatch):
+    module, data, _ = fitted
+    monkeypatch.setattr(type(data.task), "reward", lambda *_: pytest.fail("judged"))
+    monkeypatch.setattr(type(data.task), "load", lambda *_: pytest.fail("a judge was loaded"))
+    make_trainer().predict(module, datamodule=data, return_predictions=False)
+    assert len(module.predictions) == 60
+
+
 def test_testing_before_fitting_is_an_error():
     with pytest.raises(UserError, match="has not been fitted: there is no selection"):
         make_trainer().test(CorrSteer("demo", "demo"), TaskDataModule(**SMALL))

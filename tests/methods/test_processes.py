@@ -13,6 +13,7 @@ import torch
 
 from corrsteer_pl import demo
 from corrsteer_pl.files import read_rows, write_jsonl
+from corrsteer_pl.methods.provenance import read_checkpoint
 from tests.conftest import cli
 
 # 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
@@ -220,3 +221,16 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
         peaks.append(int(done.stdout.split("PEAK")[1]))
     # The rows themselves take a few MB; activations of 4,500 samples more would take 37 MB per layer.
     assert peaks[1] < peaks[0] * 1.02
+
+
+@pytest.mark.slow
+def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
+    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 3
+    run = tmp_path / "checkpoints/demo"
+    assert read_checkpoint(run / "last.ckpt")["corrsteer_pl"]["counted"] == 101
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml", "last.ckpt", "logs", "selection.json", "steering.safetensors",
+    ]  # fmt: skip
