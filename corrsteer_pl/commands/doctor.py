@@ -208,7 +208,7 @@ class _Observed:
 
 def _first(module: CorrSteer, batch: Batch) -> Batch:
     ids, mask = module.datamodule.collate(batch.examples[:1], module.datamodule.fit_task)
-    one = Batch(ids, mask, batch.weight[:1], batch.examples[:1], batch.rows[:1], batch.end)
+    one = Batch(ids, mask, batch.weight[:1], batch.examples[:1], batch.rows[:1], batch.counted)
     return one.to(batch.input_ids.device)
 
 

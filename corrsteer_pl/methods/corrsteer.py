@@ -202,7 +202,7 @@ class CorrSteer(PairedEvaluation):
         for layer, pools in reader.pools.items():
             for kind, pool in pools.items():
                 self.sums.update(layer, kind, pool.value, rewards, batch.weight)
-        self.position = batch.end
+        self.position = batch.counted
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
 
