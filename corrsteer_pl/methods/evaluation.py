@@ -15,7 +15,7 @@ from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.options import check_options
 from corrsteer_pl.strategy import gather_lists, prepare
-from corrsteer_pl.tasks import Task
+from corrsteer_pl.tasks import Task, rewards_of
 
 # Trainer options without which a stage has no step.
 STEPS = {
@@ -126,15 +126,7 @@ class PairedEvaluation(LightningModule, ABC):
 
     def rewards(self, texts: list[str], batch: Batch, task: Task) -> Tensor:
         """Rewards of one response per sample, ``(batch,)`` float64."""
-        rewards = task.reward(texts, batch.examples)
-        if len(rewards) != len(texts):
-            raise UserError(
-                f"{task.reward_name} gave {len(rewards)} rewards for {len(texts)} responses; give one for each."
-            )
-        for reward, example in zip(rewards, batch.examples, strict=True):
-            if not 0 <= reward <= 1:
-                raise UserError(f"the reward of {example.id} is {reward}; a task's rewards lie between 0 and 1.")
-        values = torch.tensor(rewards, dtype=torch.float64, device=batch.weight.device)
+        values = torch.tensor(rewards_of(task, texts, batch.examples), dtype=torch.float64, device=batch.weight.device)
         return 1 - values if self.datamodule.hparams["reverse"] else values
 
     def on_test_epoch_start(self) -> None:

@@ -50,6 +50,6 @@ def _topic(metadata: Any) -> str | None:
     # The Hub's copy has the metadata as the text of a Python dict.
     try:
         fields = ast.literal_eval(metadata) if isinstance(metadata, str) else metadata
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # What literal_eval raises.
         return None
     return fields.get("topic") if isinstance(fields, Mapping) else None
