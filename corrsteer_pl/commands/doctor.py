@@ -92,7 +92,7 @@ def _prompt(module: CorrSteer, datamodule: TaskDataModule, batch: Batch) -> Iter
     }
     if answers := datamodule.answers(llm, task):
         tokens = zip(answers, llm.single_tokens(answers), strict=True)
-        restricted = "the only ones allowed" if datamodule.hparams["restrict"] else "others are allowed too"
+        restricted = "the only ones allowed" if datamodule.restricted("fit") else "others are allowed too"
         facts["option tokens"] = ", ".join(f"{answer!r} {token}" for answer, token in tokens) + f" ({restricted})"
     yield _facts("Prompt", facts)
 

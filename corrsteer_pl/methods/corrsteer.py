@@ -152,7 +152,7 @@ class CorrSteer(PairedEvaluation):
         super().setup(stage)
         if stage == "fit":
             self.datamodule.fit_task.load(str(self.trainer.strategy.root_device))
-            self.fit_decoder = self.decoder_for(self.datamodule.fit_task)
+            self.fit_decoder = self.decoder_for(self.datamodule.fit_task, "fit")
         if stage in ("fit", "validate") and not self.saes:
             self.saes = self._load_saes()
             self._saes_identity = saes_identity(self.hparams["saes"], self.saes)

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -101,11 +101,11 @@ class PairedEvaluation(LightningModule, ABC):
         self.task.load(str(device))
         self.decoder = self.decoder_for(self.task)
 
-    def decoder_for(self, task: Task) -> Decoder:
-        """A decoder with a task's limits."""
+    def decoder_for(self, task: Task, stage: Literal["fit", "evaluation"] = "evaluation") -> Decoder:
+        """A decoder with a task's limits, for the fit or for validation and test."""
         answers = self.datamodule.answers(self.llm, task)
         tokens = self.llm.single_tokens(answers) if answers else None
-        allowed = tokens if self.datamodule.hparams["restrict"] else None
+        allowed = tokens if self.datamodule.restricted(stage) else None
         return Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
 
     def check_processes(self, count: int) -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 
-from corrsteer_pl import TaskDataModule
+from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.tasks import Example, Task
+from tests.conftest import make_trainer
 from tests.data.test_data import module, prompts, rows
 
 
@@ -84,6 +85,21 @@ def test_what_is_on_this_machine_has_no_revision(file, folder):
 def test_decoding_is_restricted_where_it_is_wanted(restrict, fit, evaluation):
     data = TaskDataModule("demo_qa", restrict=restrict)
     assert (data.restricted("fit"), data.restricted("evaluation")) == (fit, evaluation)
+
+
+@pytest.mark.parametrize("restrict", [False, True, "evaluation"])
+def test_restricted_decoding_says_nothing_but_letters(restrict):
+    said = {"fit": set(), "evaluation": set()}
+
+    class Noting(CorrSteer):
+        def rewards(self, texts, batch, task):
+            said["fit" if self.trainer.training else "evaluation"].update(text.strip() for text in texts)
+            return super().rewards(texts, batch, task)
+
+    data = TaskDataModule("demo_qa", train_size=96, val_size=64, restrict=restrict)
+    make_trainer().fit(Noting("demo", "demo", layers=[1], sign="positive"), datamodule=data)
+    letters = {stage: texts <= set("ABCD") for stage, texts in said.items()}
+    assert letters == {"fit": restrict is True, "evaluation": restrict is not False}
 
 
 def test_a_fit_on_texts_may_be_evaluated_restricted(file):
