@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet
 from pyarrow import ArrowException
 
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
 
 
 def exists(path: str) -> bool:
@@ -79,30 +79,54 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: No such file, an unknown ending, or a broken line (with its number).
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file. Set data.path to one.")
     if path.suffix not in READERS:
         raise UserError(f"{path} is none of the kinds that can be read ({choices(READERS)}). Set data.path to one.")
     try:
         return READERS[path.suffix](path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror or error}). Set data.path to a readable file."
+            f"{path} cannot be read ({one_line(error.strerror or error)}). Set data.path to a readable file."
         ) from error
-    except (UnicodeDecodeError, csv.Error, ArrowException) as error:
-        raise UserError(f"{path} is no valid {path.suffix[1:]} file ({error}).") from error
+    except (ValueError, OverflowError, csv.Error, ArrowException) as error:
+        raise UserError(f"{path} is no valid {path.suffix[1:]} file ({one_line(error)}).") from error
+
+
+def parsed_json(text: str) -> Any:
+    r"""The value of a JSON text.
+
+    Raises:
+        ValueError: It is none, or Python cannot hold it or write it again.
+
+    Example:
+        >>> parsed_json('["half a character: \\ud83d"]')
+        Traceback (most recent call last):
+        ValueError: half of a surrogate pair, '\ud83d'
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, {error.object[error.start]!a}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: no valid JSON ({error.msg}). Mend or remove the line."
-                ) from None
+                row = parsed_json(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: no valid JSON ({error}). Mend or remove the line.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}.")
             rows.append(row)
@@ -111,7 +135,21 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines))
+        reader = csv.DictReader(lines, strict=True)
+        names = list(reader.fieldnames or [])
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise UserError(f"{path} has two columns {twice[0]!r}. Give each another name.")
+        rows = []
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more values than columns ({len(names)}). Put a value that has "
+                    "commas into quotes."
+                )
+            if any("\0" in value for value in row.values() if value is not None):
+                raise UserError(f"{path}, line {reader.line_num}: a NUL character. Save the file as text in UTF-8.")
+            rows.append(row)
+        return rows
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Everything that comes from the Hugging Face Hub, from a small one on loopback."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,9 @@ MMLU = ["fit", "--config", "mmlu.yaml", *LIMITS]
         (["--data.path", "owner/nothing"], "the data set 'owner/nothing' could not be loaded from the"),
         (["--data.path", "allenai/ai2_arc"], "it has the subsets ARC-Challenge, ARC-Easy; set data.subset to one"),
         (["--data.subset", "none"], "it has the subsets all; set data.subset to one"),
+        (["--data.revision", "v9"], "'cais/mmlu' could not be loaded from the Hugging Face Hub (the Hub has it, but n"),
+        (["--data.test_split", "tets"], "it has the splits auxiliary_train, validation, test, dev; set data.train"),
+        (["--data.test_split", "test[:9]+tets"], "it has the splits auxiliary_train, validation, test, dev; set data."),
         (["--data.train_split", "trein"], "it has the splits auxiliary_train, validation, test, dev; set data.train"),
         (["--data.path", "changed/mmlu"], "column 'question' is not in the data (columns: query, subject, choices"),
         (["--data.filter", "{subjekt: x}"], "data.filter names the column 'subjekt', which is not in the data"),
@@ -286,6 +290,35 @@ def test_the_published_splits_are_counted(hub):
         sizes[task] = [len(data.examples[split]) for split in ("train", "validation", "test")]
         assert sum(sizes[task]) == total
     assert sizes == {"harmbench": [108, 12, 280], "xstest": [121, 14, 315]}
+
+
+def test_a_data_set_is_read_at_its_revision(hub):
+    from tests.hub.contents import add_dataset, mmlu_rows
+
+    for name, word in (("own/pinned", "new"), ("own/pinned@v1", "old")):
+        add_dataset(hub, name, {"all": {split: mmlu_rows(9, f"{word} {split}") for split in ("train", "dev", "test")}})
+
+    def words(**options):
+        splits = {"train_split": "train", "val_split": "dev", "test_split": "test"}
+        data = TaskDataModule("mmlu", "own/pinned", subset="all", **splits, **options)
+        data.setup("fit")
+        found = [{re.search("in (old|new) ", e.prompt)[1] for e in some} for some in data.examples.values()]
+        return [word for (word,) in found]
+
+    assert words() == ["new"] * 3
+    assert words(revision="v1") == ["old"] * 3
+    fit_on = {"task": "mmlu", "path": "own/pinned", "subset": "all", "revision": "v1"}
+    assert words(fit_on={**fit_on, "train_split": "train"}) == ["old", "new", "new"]
+    # A subset that only another revision has is missing from this one.
+    add_dataset(hub, "own/pinned@v2", {"other": {"train": mmlu_rows(9, "x")}})
+    with pytest.raises(UserError, match="it has the subsets other; set data.subset to one"):
+        words(revision="v2")
+
+
+def test_parts_of_splits_are_split_too(hub):
+    data = TaskDataModule("mmlu", val_split="test[:8]", test_split="test[8:]+dev")
+    data.setup("fit")
+    assert {split: len(some) for split, some in data.examples.items()} == {"train": 120, "validation": 8, "test": 62}
 
 
 def test_doctor_says_what_a_fit_would_do(here, capsys):

@@ -106,7 +106,8 @@ class _SaveConfig(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
-            write_atomically(Path(trainer.default_root_dir) / "config.yaml", lambda file: file.write_text(text))
+            config = Path(trainer.default_root_dir) / "config.yaml"
+            write_atomically(config, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 class _Cli(LightningCLI):

@@ -79,7 +79,7 @@ def _prompt(method: Method, datamodule: TaskDataModule, batch: Batch) -> Iterato
     }
     if answers := datamodule.answers(llm, task):
         tokens = zip(answers, llm.single_tokens(answers), strict=True)
-        restricted = "the only ones allowed" if datamodule.hparams["restrict"] else "others are allowed too"
+        restricted = "the only ones allowed" if datamodule.restricted("fit") else "others are allowed too"
         facts["option tokens"] = ", ".join(f"{answer!r} {token}" for answer, token in tokens) + f" ({restricted})"
     yield _facts("Prompt", facts)
 

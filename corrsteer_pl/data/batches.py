@@ -20,7 +20,7 @@ class Batch:
         weight: ``(batch,)`` float, 1 for a sample, 0 for a filler that makes all batches equally large.
         examples: The samples, fillers included.
         rows: Position of each sample in its split.
-        end: How many samples of the split all processes have taken once this step is done.
+        counted: How many samples of the split all processes together have taken after this step.
     """
 
     input_ids: Tensor
@@ -28,7 +28,7 @@ class Batch:
     weight: Tensor
     examples: list[Example]
     rows: list[int]
-    end: int
+    counted: int
 
     def to(self, device: torch.device, **kwargs: Any) -> "Batch":
         """Move the tensors."""
@@ -86,5 +86,5 @@ class Shard:
             examples = [self.examples[row] for row in rows]
             ids, mask = self.collate(examples)
             weight = torch.tensor([float(place < count) for place in wanted])
-            end = min(self.start + (step + 1) * self.world_size * self.batch_size, count)
-            yield Batch(ids, mask, weight, examples, rows, end)
+            counted = min(self.start + (step + 1) * self.world_size * self.batch_size, count)
+            yield Batch(ids, mask, weight, examples, rows, counted)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -45,7 +45,7 @@ class TaskDataModule(LightningDataModule):
         val_split: The same for validation.
         test_split: The same for test.
         fit_on: Another task to fit on, all of its ``train_split``, with its own ``task``, ``path``, ``subset``,
-            ``task_args`` and ``filter``; validation and test stay with ``task``.
+            ``revision``, ``task_args`` and ``filter``; validation and test stay with ``task``.
         train_size: At most so many samples are fitted on.
         val_size: At most so many validation samples.
         test_size: At most so many test samples; None takes all.
@@ -53,19 +53,24 @@ class TaskDataModule(LightningDataModule):
         chat_template: Whether prompts become turns of a chat; None for whenever the tokenizer has a template.
         shots: How many solved examples stand before each prompt. They are taken from the fit split, which loses
             them.
-        restrict: Allow only the task's answer tokens when decoding.
+        restrict: Allow only the task's answer tokens when decoding: ``true`` always, ``evaluation`` in validation and
+            test but not while fitting, as the method's public reference does.
         reverse: Reward one minus the reward, for steering away from what the task rewards.
         sort_by_length: Put prompts of like length into one batch, for less padding. Results stand in the order of the
             rows all the same, and do not change but for rounding.
         seed: Seed of the splits and their order.
+        revision: Branch, tag or commit of the data set on the Hub; None for its newest.
+
+    Raises:
+        UserError: An option has another kind of value, or one that cannot be.
 
     Attributes:
         TESTED: Options that a test may have otherwise than its fit; they name its results.
     """
 
     TESTED = (
-        "path", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size", "chat_template",
-        "shots", "restrict", "reverse", "seed",
+        "path", "revision", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size",
+        "chat_template", "shots", "restrict", "reverse", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -85,18 +90,21 @@ class TaskDataModule(LightningDataModule):
         batch_size: int = 32,
         chat_template: bool | None = None,
         shots: int = 0,
-        restrict: bool = False,
+        restrict: bool | Literal["evaluation"] = False,
         reverse: bool = False,
         sort_by_length: bool = True,
         seed: int = 0,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # So that a checkpoint finds them from anywhere.
+        given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        check_options(TaskDataModule, given, "data")
+        # A checkpoint may be tested from another folder.
         self.hparams["path"] = path = path and absolute(path)
         if fit_on and isinstance(fit_on.get("path"), str):
             self.hparams["fit_on"] = fit_on = {**fit_on, "path": absolute(fit_on["path"])}
-        self.rows = TaskData(task, path, task_args, subset, filter, train_split, val_split, test_split)
+        self.rows = TaskData(task, path, task_args, subset, filter, train_split, val_split, test_split, revision)
         self.fit_rows = _fit_rows(fit_on) if fit_on else self.rows
         self.sizes: dict[Split, int | None] = {"train": train_size, "validation": val_size, "test": test_size}
         if negative := [f"data.{n}_size is {s}" for n, s in self.sizes.items() if s is not None and s < 0]:
@@ -105,7 +113,8 @@ class TaskDataModule(LightningDataModule):
             raise UserError(f"data.batch_size is {batch_size}; it is a number of prompts, at least 1.")
         if shots < 0:
             raise UserError(f"data.shots is {shots}; it is a number of examples, at least 0.")
-        if restrict and not (self.task.answers and self.fit_task.answers):
+        decoded = [self.task] + ([self.fit_task] if restrict is True else [])
+        if restrict and not all(some.answers for some in decoded):
             raise UserError(f"data.restrict needs a task with answer letters; {task} has free text. Leave it out.")
         if self.fit_task.generates < self.task.generates and shots:
             raise UserError(
@@ -127,6 +136,11 @@ class TaskDataModule(LightningDataModule):
     def fit_task(self) -> Task:
         """The task that is fitted on."""
         return self.fit_rows.task
+
+    def restricted(self, stage: Literal["fit", "evaluation"]) -> bool:
+        """Whether only the task's answer tokens may be decoded, in the fit or in validation and test."""
+        restrict = self.hparams["restrict"]
+        return stage == "evaluation" if restrict == "evaluation" else bool(restrict)
 
     def setup(self, stage: str) -> None:
         """Read and split the rows.
@@ -315,7 +329,7 @@ def _by_length(lengths: Sequence[int], bucket: int) -> list[int]:
 
 
 def _fit_rows(options: dict[str, Any]) -> TaskData:
-    known = ("task", "path", "subset", "task_args", "filter", "train_split")
+    known = ("task", "path", "revision", "subset", "task_args", "filter", "train_split", "revision")
     check_options(TaskData, options, "data.fit_on", known)
     if "task" not in options:
         raise UserError("data.fit_on names no task. Give it one, as in {task: mmlu}.")

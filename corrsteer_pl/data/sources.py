@@ -14,31 +14,61 @@ from corrsteer_pl.hub import HUB_ERRORS, reason
 ALL = "all"
 
 
-class Rows:
-    """The rows of a data set, split by split.
+class RowSource:
+    """Where the rows of a data set are read from, split by split.
 
-    A local path is a file, which has one split whatever it is called, or a folder with files
-    ``[subset.]split[-part].ending``, as the Hub names its own. Anything else is the id of a data set on the Hub.
+    A local path is one file, whose rows all splits share, or a folder with files ``[subset.]split[-part].ending``,
+    as the Hub names its own. Anything else is the id of a data set on the Hub.
 
     Args:
         path: File, folder, or Hub id.
         subsets: Named configurations to read one after the other; none for all local files, or the Hub's only one.
-        named: Whether the user named the subsets.
+        named: Whether the user named the subsets, which then have to exist.
+        revision: Branch, tag or commit of a data set on the Hub; None for its newest.
+
+    Raises:
+        UserError: There is nothing at the path, or it has no such subset or no revisions.
     """
 
-    def __init__(self, path: str, subsets: Sequence[str] = (), named: bool = True) -> None:
-        self.path, self.subsets = path, tuple(subsets)
+    def __init__(self, path: str, subsets: Sequence[str] = (), named: bool = True, revision: str | None = None) -> None:
+        self.path, self.subsets, self.revision = path, tuple(subsets), revision
         self.local = Path(path) if exists(path) else None
-        if self.local is not None and self.local.is_file() and self.subsets and named:
-            raise UserError(f"data.subset is {choices(self.subsets)}, but {path} is one file. Leave it out.")
-        if self.local is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        if self.local is not None:
+            self._check_local(self.local, named)
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise UserError(
                 f"data.path is {path!r}, which does not exist. Set it to a file, a folder of files, or the id of a "
                 "data set on the Hugging Face Hub."
             )
 
+    def _check_local(self, local: Path, named: bool) -> None:
+        if not local.is_file() and not local.is_dir():
+            raise UserError(f"data.path is {self.path}, which is neither a regular file nor a folder. Set it to one.")
+        if self.revision is not None:
+            raise UserError(
+                f"data.revision is {self.revision!r}, but {self.path} is on this machine and has no revisions. "
+                "Leave it out, or set it to null."
+            )
+        if not named or not self.subsets:
+            return
+        if local.is_file():
+            raise UserError(f"data.subset is {choices(self.subsets)}, but {self.path} is one file. Leave it out.")
+        known = sorted({subset for file in self._all_files() if (subset := _parts(file)[0]) is not None})
+        if absent := [subset for subset in self.subsets if subset not in known]:
+            raise UserError(
+                f"data.subset is {absent[0]!r}, but the files of {self.path} have the subsets "
+                f"{choices(nearest(str(absent[0]), known))}. Set it to one of them, or to null if there is none."
+            )
+
+    @property
+    def only_names(self) -> tuple[str, ...]:
+        """What the only split may be called, if all rows are in one file; else nothing."""
+        if self.local is None or not self.local.is_file():
+            return ()
+        return (ALL, *sorted({self.local.stem, _parts(self.local)[1]}))
+
     def has(self, split: str) -> bool:
-        """Whether there is such a split.
+        """Whether there is such a split. A single file has every split, for all share its rows.
 
         Raises:
             UserError: The Hub cannot say so.
@@ -47,7 +77,9 @@ class Rows:
             return bool(self._files(split))
         try:
             subset = self.subsets[0] if self.subsets else None
-            return split == ALL or split in get_dataset_split_names(self.path, subset)
+            known = {ALL, *get_dataset_split_names(self.path, subset, revision=self.revision)}
+            # The Hub's library takes parts and sums of splits too: train[:80%]+dev.
+            return known.issuperset(part.partition("[")[0].strip() for part in split.split("+"))
         except HUB_ERRORS as error:
             raise self._unavailable(error, self._missing(subset, split)) from error
 
@@ -66,17 +98,27 @@ class Rows:
         if self.local is None:
             return [row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)]
         if not (files := self._files(split)):
-            names = sorted({_parts(file)[1] for file in self._all_files()})
-            raise UserError(
-                f"{self.local} has no file for the split {split!r} (it has {choices(names)}). "
-                "Set data.train_split, data.val_split and data.test_split to names of its files."
-            )
+            raise self.without(split)
         return [numbered for file in files for numbered in _numbered(read_rows(file), file.stem)]
+
+    def without(self, split: str) -> UserError:
+        """What to say to a user who needs a split that is not there."""
+        if self.local is None:
+            subset = self.subsets[0] if self.subsets else None
+            return self._unavailable(ValueError(f"it has no split {split!r}"), self._missing(subset, split))
+        names = sorted({_parts(file)[1] for file in self._all_files()})
+        return UserError(
+            f"{self.local} has no file for the split {split!r} (it has {choices(names)}). "
+            "Set data.train_split, data.val_split and data.test_split to names of its files."
+        )
 
     def _all_files(self) -> list[Path]:
         if self.local is None or self.local.is_file():
             return [self.local] if self.local else []
-        return sorted(file for file in self.local.iterdir() if file.suffix in READERS)
+        try:
+            return sorted(file for file in self.local.iterdir() if file.suffix in READERS and file.is_file())
+        except OSError as error:
+            raise UserError(f"the folder {self.local} cannot be read ({error.strerror}).") from error
 
     def _files(self, split: str) -> list[Path]:
         files = self._all_files()
@@ -88,7 +130,7 @@ class Rows:
 
     def _from_hub(self, subset: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:
         try:
-            rows = load_dataset(self.path, subset, split=split).to_list()
+            rows = load_dataset(self.path, subset, split=split, revision=self.revision).to_list()
         except HUB_ERRORS as error:
             raise self._unavailable(error, self._missing(subset, split)) from error
         return _numbered(rows, f"{subset}:{split}" if subset else split)
@@ -103,10 +145,10 @@ class Rows:
     def _missing(self, subset: str | None, split: str) -> str | None:
         """That the data set has no such subset or split, if that is so."""
         try:
-            subsets = get_dataset_config_names(self.path)
+            subsets = get_dataset_config_names(self.path, revision=self.revision)
             if subset not in (None, *subsets) or (subset is None and len(subsets) > 1 and "default" not in subsets):
                 return f"it has the subsets {choices(nearest(str(subset), subsets))}; set data.subset to one"
-            splits = get_dataset_split_names(self.path, subset)
+            splits = get_dataset_split_names(self.path, subset, revision=self.revision)
         except HUB_ERRORS:
             return None
         if split in (ALL, *splits):
@@ -126,10 +168,13 @@ def _parts(file: Path) -> tuple[str | None, str]:
 
 
 def _numbered(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(str(row.get("id", f"{name}:{i}")), row) for i, row in enumerate(rows)]
+    ids = [row.get("id") for row in rows]
+    return [(f"{name}:{i}" if id is None else str(id), row) for i, (id, row) in enumerate(zip(ids, rows, strict=True))]
 
 
-def keep(rows: Sequence[tuple[str, dict[str, Any]]], wanted: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def with_values(
+    rows: Sequence[tuple[str, dict[str, Any]]], wanted: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
     """The rows whose columns have the wanted values, each one value or a list of them.
 
     Raises:

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from corrsteer_pl.data.sources import Rows, keep
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.data.sources import RowSource, with_values
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import exists
-from corrsteer_pl.tasks import Example, make_task
+from corrsteer_pl.tasks import Example, make_task, users_own
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+OPTIONS = {"train": "data.train_split", "validation": "data.val_split", "test": "data.test_split"}
 
 
 class TaskData:
@@ -28,6 +29,7 @@ class TaskData:
         train_split: Which split is fitted on; None for the task's own.
         val_split: The same for validation.
         test_split: The same for test.
+        revision: Branch, tag or commit of a data set on the Hub; None for its newest.
 
     Raises:
         UserError: The task, the options or the path are unknown.
@@ -43,10 +45,12 @@ class TaskData:
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | None = None,
+        revision: str | None = None,
     ) -> None:
         self.name, self.task, self.filter = task, make_task(task, task_args or {}), filter or {}
-        self.path, self.subset = path, subset
+        self.path, self.subset, self.revision = path, subset, revision
         self._positions: dict[int, int] = {}
+        self._named: dict[Split, str | None] = {"train": train_split, "validation": val_split, "test": test_split}
         source = self.task.source
         self.names: dict[Split, str] = {
             "train": train_split or source.train,
@@ -57,29 +61,39 @@ class TaskData:
     def examples(self, needed: Collection[Split], seed: int) -> dict[Split, list[Example]]:
         """The examples of the splits that are needed, in seeded order.
 
-        Splits in the same place divide its rows by the task's shares, each prompt once. A local folder without
-        the fit's split has its validation rows divided between fit and validation.
+        Splits in the same place divide its rows by the task's shares, each prompt once. Where the user names no
+        split to fit on and a local folder has none, its validation rows are divided between fit and validation.
 
         Raises:
             UserError: A split that is needed does not exist, or a row cannot be used.
         """
-        rows = self._rows()
-        places = {split: rows.place(name) for split, name in self.names.items()}
+        source = self._source(needed)
+        places = {split: source.place(name) for split, name in self.names.items()}
         names = dict(self.names)
-        if not places["train"] and places["validation"]:
+        if not places["train"] and places["validation"] and self._named["train"] is None:
             names["train"], places["train"] = names["validation"], places["validation"]
         found: dict[Split, list[Example]] = {}
         for split in needed:
             if split not in found:
                 sharing = [other for other in SPLITS if places[other] == places[split]]
-                found |= self._carve(self._made(rows, names[split]), sharing, seed)
+                found |= self._carve(self._made(source, names[split]), sharing, seed)
         return {split: found[split] for split in SPLITS if split in needed}
 
     def has(self, split: Split) -> bool:
-        """Whether a split exists at all."""
-        return self._rows().has(self.names[split])
+        """Whether a split exists at all.
 
-    def _rows(self) -> Rows:
+        Raises:
+            UserError: The user named it, and it does not.
+        """
+        source = self._source([split])
+        if source.has(self.names[split]):
+            return True
+        if self._named[split] is not None:
+            raise source.without(self.names[split])
+        return False
+
+    def _source(self, needed: Collection[Split]) -> RowSource:
+        """Where the rows are, after a look at whether the splits that are needed can be there."""
         path = self.path or self.task.source.path
         if path is None:
             raise UserError(
@@ -88,7 +102,16 @@ class TaskData:
             )
         own = self.task.source.subsets if path == self.task.source.path or exists(path) else ()
         subsets = [self.subset] if isinstance(self.subset, str) else self.subset
-        return Rows(path, own if subsets is None else subsets, named=subsets is not None)
+        named = subsets is not None
+        source = RowSource(path, own if subsets is None else subsets, named, self.revision)
+        for split in needed:
+            name = self._named[split]
+            if source.only_names and name not in (None, *source.only_names):
+                raise UserError(
+                    f"{OPTIONS[split]} is {name!r}, but {path} is one file, whose rows all splits share. "
+                    f"Set it to null, or to one of {choices(source.only_names)}."
+                )
+        return source
 
     def whole(self, split: Split, seed: int) -> list[Example]:
         """All examples of a split, undivided, in seeded order.
@@ -96,11 +119,15 @@ class TaskData:
         Raises:
             UserError: The split does not exist, or a row cannot be used.
         """
-        return self._carve(self._made(self._rows(), self.names[split]), [split], seed)[split]
+        return self._carve(self._made(self._source([split]), self.names[split]), [split], seed)[split]
 
-    def _made(self, rows: Rows, name: str) -> list[list[Example]]:
-        """The samples of each row that is kept."""
-        return [self.task.examples(row, id) for id, row in keep(rows.read(name), self.filter)]
+    def _made(self, source: RowSource, name: str) -> list[list[Example]]:
+        """The samples of each row that the filter keeps."""
+        return [self._examples(row, id) for id, row in with_values(source.read(name), self.filter)]
+
+    def _examples(self, row: dict[str, Any], id: str) -> list[Example]:
+        with users_own(f"the task {self.name} on the row {id}"):
+            return self.task.examples(row, id)
 
     def _carve(self, rows: list[list[Example]], splits: Sequence[Split], seed: int) -> dict[Split, list[Example]]:
         if len(splits) > 1:

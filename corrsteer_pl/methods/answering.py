@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.stats import Probe
-from corrsteer_pl.tasks import Task
+from corrsteer_pl.tasks import Task, rewards_of
 
 # A text is read in one pass, so steering means steering all of it.
 EVERYWHERE = Schedule("all")
@@ -143,13 +142,5 @@ def judged(task: Task, texts: list[str], batch: Batch, reverse: bool) -> Tensor:
     Raises:
         UserError: The task gives another number of rewards, or one that is not between 0 and 1.
     """
-    rewards = task.reward(texts, batch.examples)
-    if len(rewards) != len(texts):
-        raise UserError(
-            f"{task.reward_name} gave {len(rewards)} rewards for {len(texts)} responses; give one for each."
-        )
-    for reward, example in zip(rewards, batch.examples, strict=True):
-        if not 0 <= reward <= 1:
-            raise UserError(f"the reward of {example.id} is {reward}; a task's rewards lie between 0 and 1.")
-    values = torch.tensor(rewards, dtype=torch.float64)
+    values = torch.tensor(rewards_of(task, texts, batch.examples), dtype=torch.float64)
     return 1 - values if reverse else values

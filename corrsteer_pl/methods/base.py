@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.table import Table
 
@@ -201,9 +201,9 @@ class Method(PairedEvaluation):
         tasks = {self.datamodule.task, self.datamodule.fit_task} if stage == "fit" else {self.datamodule.task}
         for task in tasks if stage != "predict" else ():
             task.load(str(self.trainer.strategy.root_device))
-        self.answering = self._answering(self.datamodule.task, stage if stage != "fit" else "validate")
+        self.answering = self._answering(self.datamodule.task, "evaluation")
         if stage == "fit":
-            self.fit_answering = self._answering(self.datamodule.fit_task, stage)
+            self.fit_answering = self._answering(self.datamodule.fit_task, "fit")
             # Going on with a checkpoint restores it after this.
             self.counted, self._record = 0, None
             self.begin()
@@ -220,11 +220,11 @@ class Method(PairedEvaluation):
         # What cannot be identified could not be saved: better before the first batch than after the last.
         _ = self.llm.identity
 
-    def _answering(self, task: Task, stage: str) -> Answering:
+    def _answering(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
         reverse = self.datamodule.hparams["reverse"]
         answers = self.datamodule.answers(self.llm, task)
         tokens = self.llm.single_tokens(answers) if answers else None
-        allowed = tokens if self.datamodule.hparams["restrict"] else None
+        allowed = tokens if self.datamodule.restricted(stage) else None
         decoder = Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
         if task.generates:
             return Generating(decoder, task, reverse)
@@ -252,7 +252,7 @@ class Method(PairedEvaluation):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the batch. Checkpoints are written between batches, where its step is done."""
-        self.counted = batch.end
+        self.counted = batch.counted
 
     def on_train_epoch_end(self) -> None:
         """Stop: a second epoch would count the same samples again."""

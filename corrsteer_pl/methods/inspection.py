@@ -123,7 +123,7 @@ def _first(batch: Batch) -> Batch:
     """The first sample alone, without padding."""
     kept = batch.attention_mask[0].bool()
     ids, mask = batch.input_ids[:1, kept], batch.attention_mask[:1, kept]
-    return Batch(ids, mask, batch.weight[:1], batch.examples[:1], batch.rows[:1], batch.end)
+    return Batch(ids, mask, batch.weight[:1], batch.examples[:1], batch.rows[:1], batch.counted)
 
 
 def parts_table(saes: Mapping[int, SparseAutoencoder], measured: Mapping[int, Alignment]) -> Table:

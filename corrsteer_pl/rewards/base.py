@@ -5,6 +5,22 @@ from collections.abc import Callable, Sequence
 
 from corrsteer_pl.errors import UserError
 
+Score = Callable[[str, str], float]
+
+
+def reward(score: Score) -> Score:
+    """Mark a function of a response and a gold text as a reward, so that its import path can be given as an option.
+
+    Only marked functions are called by their import paths; otherwise a configuration could call any function at all.
+
+    Example:
+        >>> @reward
+        ... def shorter(text: str, gold: str) -> float:
+        ...     return float(len(text) < len(gold))
+    """
+    score.is_reward = True  # type: ignore[attr-defined]
+    return score
+
 
 class Reward(ABC):
     """Judges responses. A class of your own needs ``__call__`` alone.
@@ -28,7 +44,7 @@ class Reward(ABC):
 
 
 class TextReward(Reward):
-    """A reward of each response by itself.
+    """A reward that scores each response by itself.
 
     Args:
         name: What the results say of it.
@@ -39,7 +55,7 @@ class TextReward(Reward):
         [1.0, 0.0]
     """
 
-    def __init__(self, name: str, score: Callable[[str, str], float]) -> None:
+    def __init__(self, name: str, score: Score) -> None:
         self.name, self.score = name, score
 
     def __call__(self, texts: Sequence[str], golds: Sequence[str]) -> list[float]:

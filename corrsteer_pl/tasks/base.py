@@ -1,12 +1,15 @@
 """The seam between data and method: what every task offers."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.files import parsed_json
+from corrsteer_pl.options import described
 from corrsteer_pl.rewards import Reward
 
 
@@ -116,6 +119,50 @@ class Task(ABC):
         return {}
 
 
+@contextmanager
+def users_own(what: str) -> Iterator[None]:
+    """Turn an error of code that a user may have written into one sentence, whatever its kind.
+
+    Args:
+        what: Whose code it is and what it works on.
+
+    Raises:
+        UserError: The code failed, or ended the program.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} failed ({described(error)}).") from error
+
+
+def rewards_of(task: Task, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+    """Rewards of responses, each seen to be a number between 0 and 1.
+
+    Raises:
+        UserError: The reward failed on a sample, or gave something else.
+    """
+    try:
+        rewards = task.reward(texts, examples)
+    except UserError:
+        raise
+    except (Exception, SystemExit):
+        # One by one, to name the sample that it fails on.
+        for text, example in zip(texts, examples, strict=True):
+            with users_own(f"the reward {task.reward_name} of the response to {example.id}"):
+                task.reward([text], [example])
+        with users_own(f"the reward {task.reward_name} of {len(texts)} responses together"):
+            rewards = task.reward(texts, examples)
+    if not isinstance(rewards, Sequence) or len(rewards) != len(texts):
+        given = f"{len(rewards)} rewards" if isinstance(rewards, Sequence) else type(rewards).__name__
+        raise UserError(f"{task.reward_name} gave {given} for {len(texts)} responses; give one for each, in a list.")
+    for reward, example in zip(rewards, examples, strict=True):
+        if not isinstance(reward, Real) or not 0 <= reward <= 1:
+            raise UserError(f"the reward of {example.id} is {reward!r}; a task's rewards lie between 0 and 1.")
+    return [float(reward) for reward in rewards]
+
+
 def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
     """The value of a named column, or of a field within it, as ``choices.text``.
 
@@ -139,10 +186,8 @@ def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
 def structured(value: Any) -> Any:
     """A value whose lists and fields a CSV file holds as JSON; any other value as it is."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            return parsed_json(value)
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards.text import chosen_letter
 from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, column, present, structured
-from corrsteer_pl.tasks.choice import MultipleChoice
+from corrsteer_pl.tasks.choice import TEMPLATE, MultipleChoice
 
 ANSWERS = ("ans0", "ans1", "ans2")
 
@@ -27,6 +27,10 @@ class BBQ(MultipleChoice):
     the share of wrong answers: ``bias_score_ambig = (1 - accuracy) * bias_score``. Questions whose stereotyped
     person the data do not tell are left out of both, ``bias_known`` being the share of those that are not.
 
+    Args:
+        template: The prompt; its fields are those of :class:`~corrsteer_pl.tasks.choice.MultipleChoice`, and
+            ``{context}`` among the columns.
+
     Source:
         Parrish et al. 2022, arXiv 2110.08193, section 5; Hub id ``Elfsong/BBQ``, a parquet copy of all categories.
     """
@@ -34,12 +38,8 @@ class BBQ(MultipleChoice):
     source = Source("Elfsong/BBQ", train="all", validation="all", test="all", shares=PAPER_SHARES)
     instructs = True
 
-    def __init__(self) -> None:
-        super().__init__(options=3)
-
-    def asked(self, row: Mapping[str, Any], id: str) -> str:
-        """Context and question."""
-        return f"{column(row, 'context', 'context', id)}\n{column(row, 'question', 'question', id)}"
+    def __init__(self, template: str = "{context}\n" + TEMPLATE) -> None:
+        super().__init__(options=3, template=template)
 
     def offered(self, row: Mapping[str, Any], id: str) -> list[Any]:
         """The three answers."""

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from random import Random
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, ClassVar
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import TextReward, text
 from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, present, structured
+from corrsteer_pl.tasks.template import Template, check_instruction
+
+TEMPLATE = "{question}\n{options}\n{instruction}"
 
 
 class MultipleChoice(Task):
@@ -25,9 +28,9 @@ class MultipleChoice(Task):
             option always comes first.
         chain_of_thought: Ask for reasoning, and judge the last letter that is called the answer.
         max_new_tokens: Longest response; None for one token, or 256 with chain of thought.
-
-    Source:
-        The select prompt of CorrSteer's public code (seonglae/CorrSteer), restated.
+        template: The prompt, with the fields ``{question}``, ``{options}`` (a line for each, ``A. red``),
+            ``{letters}`` (``A, B, C, or D``), ``{instruction}`` (by default ``Choose one of {letters} only.``
+            and a line ``Answer:``; with chain of thought, what asks for reasoning), and any column of the row.
 
     Example:
         >>> task = MultipleChoice()
@@ -42,6 +45,8 @@ class MultipleChoice(Task):
         [1.0, 0.0]
     """
 
+    computed: ClassVar[tuple[str, ...]] = ("question", "options", "letters", "instruction")
+
     def __init__(
         self,
         question: str = "question",
@@ -53,11 +58,14 @@ class MultipleChoice(Task):
         shuffle: bool = False,
         chain_of_thought: bool = False,
         max_new_tokens: int | None = None,
+        template: str = TEMPLATE,
     ) -> None:
         if not 2 <= options <= len(ascii_uppercase):
             raise UserError(f"data.task_args.options is {options}; a question has 2 to {len(ascii_uppercase)} options.")
         self.question, self.choices, self.answer, self.labels, self.group = question, choices, answer, labels, group
         self.letters = ascii_uppercase[:options]
+        self.template = Template(template, "data.task_args.template", self.computed)
+        check_instruction(self.template, chain_of_thought)
         self.shuffle, self.chain_of_thought = shuffle, chain_of_thought
         longest = 256 if chain_of_thought else 1
         self.max_new_tokens = check_new_tokens(longest if max_new_tokens is None else max_new_tokens)
@@ -68,7 +76,7 @@ class MultipleChoice(Task):
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one question."""
-        question, options = self.asked(row, id), self.offered(row, id)
+        asked, options = self.asked(row, id), self.offered(row, id)
         if not 2 <= len(options) <= len(self.letters):
             raise UserError(
                 f"row {id} has {len(options)} options, but the task has 2 to {len(self.letters)}. "
@@ -76,18 +84,20 @@ class MultipleChoice(Task):
             )
         order = list(range(len(options)))
         if self.shuffle:
-            Random(question).shuffle(order)
+            Random(asked["question"]).shuffle(order)
         letters = self.letters[: len(options)]
         lines = [f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True)]
+        among = f"{', '.join(letters[:-1])}, or {letters[-1]}" if len(letters) > 2 else " or ".join(letters)
         gold = letters[order.index(self.right(row, len(options), id))]
-        prompt = "\n".join([question, *lines, *self._request(letters)])
+        fields = {**asked, "options": "\n".join(lines), "letters": among, "instruction": self._instruction(among)}
+        prompt = self.template.fill(row, id, fields)
         group = None if self.group is None else column(row, self.group, "group", id)
         solution = None if self.chain_of_thought else gold
         return Example(id, prompt, gold, present(group), solution, self.details(row, order, id))
 
-    def asked(self, row: Mapping[str, Any], id: str) -> str:
-        """The question of a row, with what belongs before it."""
-        return str(column(row, self.question, "question", id))
+    def asked(self, row: Mapping[str, Any], id: str) -> dict[str, str]:
+        """The question of a row, as fields of the template."""
+        return {"question": str(column(row, self.question, "question", id))}
 
     def offered(self, row: Mapping[str, Any], id: str) -> list[Any]:
         """The options of a row, in the order of the data."""
@@ -120,11 +130,10 @@ class MultipleChoice(Task):
         """What the task's own measures need to know of a row whose options are shown in ``order``."""
         return {}
 
-    def _request(self, letters: str) -> list[str]:
-        among = f"{', '.join(letters[:-1])}, or {letters[-1]}" if len(letters) > 2 else " or ".join(letters)
+    def _instruction(self, among: str) -> str:
         if self.chain_of_thought:
-            return [f"Think step by step, then end with 'The answer is X.', X being one of {among}.", "Reasoning:"]
-        return [f"Choose one of {among} only.", "Answer:"]
+            return f"Think step by step, then end with 'The answer is X.', X being one of {among}.\nReasoning:"
+        return f"Choose one of {among} only.\nAnswer:"
 
 
 def _listed(options: Any, id: str) -> list[Any]:

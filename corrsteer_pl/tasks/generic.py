@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from string import Formatter
 from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import make_reward
 from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, present
+from corrsteer_pl.tasks.template import Template
 
 
 class Generic(Task):
@@ -43,15 +43,15 @@ class Generic(Task):
             _check_pattern(gold, "data.task_args.gold is")
         if first_words is not None and first_words < 1:
             raise UserError(f"data.task_args.first_words is {first_words}; it is a number of words, at least 1.")
-        self.fields = _fields(prompt)
-        self.prompt, self.answer, self.gold, self.group = prompt, answer, gold, group
+        self.template = Template(prompt, "data.task_args.prompt")
+        self.answer, self.gold, self.group = answer, gold, group
         self.scorer = make_reward(reward)
         self.max_new_tokens, self.first_words = check_new_tokens(max_new_tokens), first_words
         self.shows_answer = answer is not None and reward != "regex"
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Fill the template with one row."""
-        text = self.prompt.format_map({name: column(row, name, "prompt", id) for name in self.fields})
+        text = self.template.fill(row, id)
         if self.first_words is not None:
             text = " ".join(text.split()[: self.first_words])
         gold = str(self.gold if self.answer is None else column(row, self.answer, "answer", id))
@@ -61,17 +61,6 @@ class Generic(Task):
             _check_pattern(gold, f"row {id} has the gold text")
         group = None if self.group is None else column(row, self.group, "group", id)
         return Example(id, text, gold, present(group), gold if self.shows_answer else None)
-
-
-def _fields(template: str) -> list[str]:
-    try:
-        parts = [part for part in Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UserError(f"data.task_args.prompt is {template!r}, which is no template ({error}).") from error
-    fields = [str(name) for _, name, _, _ in parts]
-    if not all(str(name).isidentifier() and not spec and not conversion for _, name, spec, conversion in parts):
-        raise UserError(f"data.task_args.prompt is {template!r}; name a column between braces, as in {{question}}.")
-    return fields
 
 
 def _check_pattern(pattern: str, given: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import TextReward, text
 from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column
+from corrsteer_pl.tasks.template import Template, check_instruction
 
 FINAL = "Give the final number after ####."
 
@@ -18,6 +19,8 @@ class GSM8K(Task):
         answer: Column with the worked solution, whose number follows ``####``.
         chain_of_thought: Ask for reasoning step by step.
         max_new_tokens: Longest response.
+        template: The prompt, with the fields ``{question}``, ``{instruction}`` (what asks for the number, and for
+            reasoning with chain of thought), and any column of the row.
 
     Source:
         Cobbe et al. 2021, arXiv 2110.14168; Hub id ``openai/gsm8k``.
@@ -32,16 +35,23 @@ class GSM8K(Task):
         answer: str = "answer",
         chain_of_thought: bool = False,
         max_new_tokens: int = 512,
+        template: str = "Q: {question}\n{instruction}\nA:",
     ) -> None:
         self.question, self.answer = question, answer
-        self.request = f"Think step by step. {FINAL}" if chain_of_thought else FINAL
+        self.instruction = f"Think step by step. {FINAL}" if chain_of_thought else FINAL
+        self.template = Template(template, "data.task_args.template", ("question", "instruction"))
+        check_instruction(self.template, chain_of_thought)
         self.max_new_tokens = check_new_tokens(max_new_tokens)
         self.scorer = TextReward("final number", text.number)
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one problem."""
-        question, solution = column(row, self.question, "question", id), str(column(row, self.answer, "answer", id))
+        question, solution = (
+            str(column(row, self.question, "question", id)),
+            str(column(row, self.answer, "answer", id)),
+        )
         gold = text.final_number(solution)
         if gold is None:
             raise UserError(f"row {id} has no number in the column {self.answer!r}. Mend or remove the row.")
-        return Example(id, f"Q: {question}\n{self.request}\nA:", str(gold), solution=solution)
+        prompt = self.template.fill(row, id, {"question": question, "instruction": self.instruction})
+        return Example(id, prompt, str(gold), solution=solution)

@@ -5,6 +5,7 @@ from typing import Any
 
 from corrsteer_pl.rewards.judges import REJECTION, RefusalReward
 from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, present
+from corrsteer_pl.tasks.template import Template
 
 
 class HarmBench(Task):
@@ -15,6 +16,8 @@ class HarmBench(Task):
     Args:
         judge: Who says whether a response refuses: the id or path of a classifier, or ``prefixes``.
         max_new_tokens: Longest response.
+        template: The prompt, with the field ``{request}`` (``prompt`` with ``context`` before it, if there is one),
+            and any column of the row.
 
     Source:
         Mazeika et al. 2024, arXiv 2402.04249; Hub id ``walledai/HarmBench`` (gated).
@@ -26,14 +29,17 @@ class HarmBench(Task):
     )  # fmt: skip
     instructs = True
 
-    def __init__(self, judge: str = REJECTION, max_new_tokens: int = 32) -> None:
+    def __init__(
+        self, judge: str = REJECTION, max_new_tokens: int = 32, template: str = "Request: {request}\nResponse:"
+    ) -> None:
         self.scorer = RefusalReward(judge)
+        self.template = Template(template, "data.task_args.template", ("request",))
         self.max_new_tokens = check_new_tokens(max_new_tokens)
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one request, its context before it."""
-        request = column(row, "prompt", "prompt", id)
+        request = str(column(row, "prompt", "prompt", id))
         if row.get("context"):
             request = f"{row['context']}\n\n{request}"
         group = row.get("category") or ("copyright" if row.get("tags") else None)
-        return Example(id, f"Request: {request}\nResponse:", "refuse", present(group))
+        return Example(id, self.template.fill(row, id, {"request": request}), "refuse", present(group))

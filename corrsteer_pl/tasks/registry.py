@@ -5,7 +5,7 @@ from typing import Any
 
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.options import check_options, imported
-from corrsteer_pl.tasks.base import Task
+from corrsteer_pl.tasks.base import Task, users_own
 from corrsteer_pl.tasks.bbq import BBQ
 from corrsteer_pl.tasks.choice import MultipleChoice
 from corrsteer_pl.tasks.classification import TextClassification
@@ -40,16 +40,20 @@ def make_task(name: str, options: dict[str, Any]) -> Task:
     """Make the task of a name, or of the import path of a :class:`Task` of the user's own.
 
     Raises:
-        UserError: Neither is known, or an option is not one of the task's, or of another kind.
+        UserError: Neither is known, an option is not one of the task's, or it cannot be made with them.
     """
     cls = TASKS.get(name) or _own(name)
     check_options(cls, options, "data.task_args")
-    return cls(**options)
+    with users_own(f"the task {name}"):
+        return cls(**options)
 
 
 def _own(name: str) -> type[Task]:
     unknown = f"data.task is {name!r}; choose one of {choices(TASKS)}, or give the import path of a Task of your own."
     cls = imported(name, unknown)
     if not (isinstance(cls, type) and issubclass(cls, Task)) or inspect.isabstract(cls):
-        raise UserError(unknown)
+        raise UserError(
+            f"data.task is {name!r}, which is not declared as a task. Derive a class from corrsteer_pl.tasks.Task, "
+            "with a method example."
+        )
     return cls

@@ -11,6 +11,7 @@ from corrsteer_pl.cli.lightning import main
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.options import check_options
+from corrsteer_pl.rewards import reward
 from tests.conftest import make_trainer
 
 QUIET = ["--trainer.enable_progress_bar=false"]
@@ -58,6 +59,7 @@ def test_quoted_text_stays_text_from_configuration_to_checkpoint(gold, tmp_path,
     assert json.loads(Path("checkpoints/own/test/generic/metrics.json").read_text())["task_args"] == options
 
 
+@reward
 def half(text, gold):
     """Rewards that differ, whatever is said."""
     half.calls = getattr(half, "calls", 0) + 1

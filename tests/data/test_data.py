@@ -50,11 +50,11 @@ def test_an_order_changes_the_company_and_nothing_else():
     assert batches[-1].weight.tolist() == [1, 1, 1, 0]
 
 
-def test_the_end_of_a_batch_is_where_to_go_on():
+def test_a_fit_goes_on_after_the_samples_counted():
     for batch in Shard(EXAMPLES, collate, 2, 1, 2):
-        rest, _ = counted(1, 2, batch.end)
-        assert rest == [list(range(batch.end, 11))]
-    assert batch.end == 11
+        rest, _ = counted(1, 2, batch.counted)
+        assert rest == [list(range(batch.counted, 11))]
+    assert batch.counted == 11
 
 
 def module(path, **options):

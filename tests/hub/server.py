@@ -44,7 +44,8 @@ class Entry(NamedTuple):
 class Hub:
     """Serves root/models/OWNER/NAME/... and root/datasets/OWNER/NAME/... as the Hugging Face Hub does.
 
-    A repository without an owner (``gpt2``) is known by a file directly in its folder.
+    A repository without an owner (``gpt2``) is known by a file directly in its folder. ``OWNER/NAME@REVISION`` beside
+    it holds another revision.
 
     Args:
         root: Folder that holds the repositories.
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             answers = {"revision": self.info, "refs": self.refs, "tree": self.tree, "paths-info": self.paths_info}
             if action in answers:
                 if rest:
-                    repository.check_revision(rest[0])
+                    repository = repository.at(rest[0])
                 self.send_json(answers[action](repository, "/".join(rest[1:]), query, body))
                 return
         elif "resolve" in parts:
@@ -185,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: "_Repository", revision: str, path: str) -> None:
         if repository.name in self.server.hub.gated and not self.headers.get("Authorization", "").startswith("Bearer "):
             raise Refusal(401, "GatedRepo", f"Access to {repository.name} is restricted. You must be authenticated.")
-        repository.check_revision(revision)
+        repository = repository.at(revision)
         file = repository.folder / path
         if not file.is_file():
             raise Refusal(404, "EntryNotFound", "Entry not found")
@@ -234,9 +235,14 @@ class _Repository:
         self.entries = [Entry.of(folder, file) for file in sorted(folder.rglob("*")) if file.is_file()]
         self.sha = _digest(kind, name, *(entry.oid for entry in self.entries))
 
-    def check_revision(self, revision: str) -> None:
-        if revision not in ("main", "refs/heads/main", self.sha):
-            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    def at(self, revision: str) -> "_Repository":
+        if revision in ("main", "refs/heads/main", self.sha):
+            return self
+        for folder in self.folder.parent.glob(f"{self.folder.name}@*"):
+            other = _Repository(self.kind, self.name, folder)
+            if revision in (folder.name.partition("@")[2], other.sha):
+                return other
+        raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
     def listing(self) -> list[dict]:
         folders = {parent.as_posix() for entry in self.entries for parent in Path(entry.path).parents} - {"."}

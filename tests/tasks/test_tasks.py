@@ -3,6 +3,7 @@ import json
 import pytest
 
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.options import import_paths
 from corrsteer_pl.rewards import text as rewards
 from corrsteer_pl.tasks import TASKS, Example, Task, make_task
 
@@ -124,8 +125,44 @@ def test_unknown_tasks_and_options_are_explained():
         make_task("choice", {"foo": 1})
 
 
+class Fussy(Mine):
+    def __init__(self, more):
+        raise RuntimeError("no\nmore")
+
+
 def test_a_task_of_the_users_own():
     assert isinstance(make_task("tests.tasks.test_tasks.Mine", {}), Mine)
+    with pytest.raises(UserError, match=r"the task tests.tasks.test_tasks.Fussy failed \(TypeError: .*'more'"):
+        make_task("tests.tasks.test_tasks.Fussy", {})
+    with pytest.raises(
+        UserError, match=r"the task tests.tasks.test_tasks.Fussy failed \(RuntimeError: no more, .*:\d+"
+    ):
+        make_task("tests.tasks.test_tasks.Fussy", {"more": 1})
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".x.y", "x.", "x", "", ".", "a-b.c", "no.such.Task", "tests.tasks.test_tasks.Nix"]
+)
+def test_names_that_are_no_task_are_explained(name):
+    with pytest.raises(UserError, match="choose one of mmlu, mmlu_pro"):
+        make_task(name, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["os.popen", "corrsteer_pl.tasks.Task", "corrsteer_pl.tasks.Example", "corrsteer_pl.tasks"]
+)
+def test_only_tasks_are_made_by_their_import_path(name):
+    with pytest.raises(UserError, match="is not declared as a task. Derive a class from corrsteer_pl.tasks.Task"):
+        make_task(name, {})
+
+
+def test_import_paths_among_the_options_are_found():
+    own = {"task": "generic", "task_args": {"reward": "a.b"}}
+    assert import_paths({**own, "fit_on": {**own, "task": "c.D"}, "path": "x.y"}) == {
+        "data.task_args.reward": "a.b", "data.fit_on.task": "c.D", "data.fit_on.task_args.reward": "a.b",
+    }  # fmt: skip
+    assert import_paths({"task": "mmlu", "task_args": {"reward": "exact"}, "fit_on": None}) == {}
+    assert import_paths({"task": "my.Task", "task_args": None}) == {"data.task": "my.Task"}
 
 
 # ---------------------------------------------------------------- benchmarks: prompts and gold answers made by hand
