@@ -180,6 +180,8 @@ def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
         value = value[part]
     if value is None:
         raise UserError(f"row {id} has nothing in the column {name!r}. Fill it in or remove the row.")
+    if isinstance(value, bytes):
+        raise UserError(f"row {id} has bytes in the column {name!r}, not text. Save it as text in UTF-8.")
     return value
 
 
