@@ -1,4 +1,4 @@
-"""Reading rows, and writing results so that no reader ever sees half a file."""
+"""Reading rows from files, and writing results atomically."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from corrsteer_pl.errors import UserError, choices, one_line
 def exists(path: str) -> bool:
     """Whether a path names something on this machine."""
     try:
-        return Path(path).exists()
+        return bool(path) and Path(path).exists()
     except OSError:
         # Too long for a name, for example.
         return False
@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL, CSV or parquet file, by its ending.
 
     Raises:
-        UserError: No such file, an unknown ending, or a broken line (with its number).
+        UserError: There is no such regular file, its ending is unknown, or a line is broken (with its number).
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file. Set data.path to one.")
@@ -94,10 +94,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed_json(text: str) -> Any:
-    r"""The value of a JSON text.
+    r"""Parse JSON.
 
     Raises:
-        ValueError: It is none, or Python cannot hold it or write it again.
+        ValueError: It is no JSON, has too large integers, is nested too deeply, or cannot be written as UTF-8.
 
     Example:
         >>> parsed_json('["half a character: \\ud83d"]')

@@ -1,4 +1,4 @@
-"""Why something from the Hugging Face Hub could not be had, in words that say what to do."""
+"""Reasons why loading from the Hugging Face Hub failed, as text that says what to do."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# Of whichever HTTP library huggingface_hub is built on.
+# From the HTTP library that huggingface_hub uses, requests or httpx.
 HTTP_ERROR = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-# What loading from the Hub raises when something is not as it should be.
+# What loading from the Hub raises.
 HUB_ERRORS: Any = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
 UNREACHABLE = (
     "it is not in the local cache and the Hub cannot be reached: download it once with a network, with 'hf download', "
@@ -31,7 +31,7 @@ REASONS: dict[tuple[type[BaseException], ...], str] = {
 
 
 def reason(error: BaseException) -> str:
-    r"""The reason of a failed load, found among the causes of an exception; else its own first line.
+    r"""The reason of a failed load, found in the chain of causes of an exception; else the first line of its message.
 
     Example:
         >>> reason(ValueError("no weights here\nTraceback ..."))

@@ -11,7 +11,7 @@ from corrsteer_pl.errors import UserError, choices, one_line
 
 
 def check_options(function: Callable, options: Mapping[str, Any], prefix: str, known: Sequence[str] = ()) -> None:
-    """See whether a function, or a class, can be called with options of a user's.
+    """Check that a function, or a class, can be called with a user's options.
 
     Args:
         function: What is to be called.

@@ -1,4 +1,4 @@
-"""From rows on disk to batches: sources, splits, and the data module that runs with a method."""
+"""Where rows are read from, how they are split, and the data module that batches them."""
 
 from corrsteer_pl.data.batches import Batch, Shard
 from corrsteer_pl.data.module import TaskDataModule

@@ -1,4 +1,4 @@
-"""Left-padded batches, and the share of them that each process takes."""
+"""Left-padded batches, divided among processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from corrsteer_pl.tasks import Example
 
 @dataclass
 class Batch:
-    """Prompts of one process, one step.
+    """The prompts of one process in one step.
 
     Attributes:
         input_ids: ``(batch, longest)`` int64, padded on the left.
@@ -37,11 +37,11 @@ class Batch:
 
 
 class Shard:
-    """The batches of one process, as many as every other process has.
+    """The batches of one process. Every process has the same number of them.
 
-    Step s gives process r the chunk ``s * world_size + r`` of ``batch_size`` consecutive samples, so that the
-    chunks, and with them every activation, do not depend on the number of processes. The last chunks are
-    filled up with samples of weight 0. There is at least one step, if only of fillers.
+    In step s, process r takes chunk ``s * world_size + r`` of ``batch_size`` consecutive samples. The chunks, and so
+    all activations, do not depend on the number of processes. The last chunks are filled up with samples of weight
+    0. There is at least one step.
 
     Args:
         examples: All samples of the split, in order.
@@ -50,7 +50,7 @@ class Shard:
         rank: This process.
         world_size: Number of processes.
         start: Samples that an interrupted run has already counted.
-        order: In which order the examples are taken, their positions; None for their own.
+        order: Positions of the examples in the order in which they are taken; None for the order of the split.
 
     Example:
         >>> examples = [Example(str(i), "", "") for i in range(5)]

@@ -1,4 +1,4 @@
-"""From rows on disk to left-padded batches: splits, shards, and the place where a fit goes on."""
+"""The Lightning data module: a task's rows, split, tokenised, batched, and resumed where a fit stopped."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from corrsteer_pl.files import absolute
 from corrsteer_pl.options import check_options
 from corrsteer_pl.tasks import Example, Task
 
-# Prompts are sorted by length among so many, whatever the batch size, so that a fit can go on with another one.
+# Prompts are sorted by length within buckets of this size. It is independent of the batch size, so that a fit can be
+# resumed with another one.
 BUCKET = 512
 NEEDED: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
@@ -27,11 +28,11 @@ NEEDED: dict[str, tuple[Split, ...]] = {
 
 
 class TaskDataModule(LightningDataModule):
-    """A task's rows, split, turned into prompts, tokenised with the trained module's tokenizer, and batched.
+    """Splits a task's rows, makes prompts of them, tokenises them with the model's tokenizer, and batches them.
 
-    Splits are disjoint: each is a split of the data, or a share of the split that several of them name; prompts
-    that stand in two are left out of the earlier one. Which rows are taken, and the order in which a fit sees
-    them, depend on the seed alone. Fit, validation and test have the same prompt settings.
+    Splits are disjoint: each is a split of the data, or a share of a split that several of them name, and prompts
+    in two splits are removed from the earlier one. Which rows are taken, and their order in a fit, depend on the
+    seed alone. Fit, validation and test have the same prompt settings.
 
     Args:
         task: Name of a task, or the import path of a :class:`~corrsteer_pl.tasks.Task` of your own.
@@ -46,23 +47,22 @@ class TaskDataModule(LightningDataModule):
         test_split: The same for test.
         fit_on: Another task to fit on, all of its ``train_split``, with its own ``task``, ``path``, ``subset``,
             ``revision``, ``task_args`` and ``filter``; validation and test stay with ``task``.
-        train_size: At most so many samples are fitted on.
-        val_size: At most so many validation samples.
-        test_size: At most so many test samples; None takes all.
+        train_size: Largest number of samples to fit on.
+        val_size: Largest number of validation samples.
+        test_size: Largest number of test samples; None takes all.
         batch_size: Prompts per process and step.
-        chat_template: Whether prompts become turns of a chat; None for whenever the tokenizer has a template.
-        shots: How many solved examples stand before each prompt. They are taken from the fit split, which loses
-            them.
+        chat_template: Whether prompts are put into the tokenizer's chat template; None does so if it has one.
+        shots: Number of solved examples before each prompt. They are removed from the fit split.
         restrict: Allow only the task's answer tokens when decoding: ``true`` always, ``evaluation`` in validation and
             test but not while fitting, as the method's public reference does.
         reverse: Reward one minus the reward, for steering away from what the task rewards.
-        sort_by_length: Put prompts of like length into one batch, for less padding. Results stand in the order of the
-            rows all the same, and do not change but for rounding.
+        sort_by_length: Batch prompts of similar length together, for less padding. Results keep the order of the rows
+            and change only by rounding.
         seed: Seed of the splits and their order.
         revision: Branch, tag or commit of the data set on the Hub; None for its newest.
 
     Raises:
-        UserError: An option has another kind of value, or one that cannot be.
+        UserError: An option has a value of another type, or out of range.
 
     Attributes:
         TESTED: Options that a test may have otherwise than its fit; they name its results.
@@ -101,7 +101,7 @@ class TaskDataModule(LightningDataModule):
         given = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         check_options(TaskDataModule, given, "data")
         # A checkpoint may be tested from another folder.
-        self.hparams["path"] = path = path and absolute(path)
+        self.hparams["path"] = path = None if path is None else absolute(path)
         if fit_on and isinstance(fit_on.get("path"), str):
             self.hparams["fit_on"] = fit_on = {**fit_on, "path": absolute(fit_on["path"])}
         self.rows = TaskData(task, path, task_args, subset, filter, train_split, val_split, test_split, revision)
@@ -146,7 +146,7 @@ class TaskDataModule(LightningDataModule):
         """Read and split the rows.
 
         Raises:
-            UserError: The data cannot be had, a row or a column is not as needed, or a split is empty.
+            UserError: The data cannot be loaded, a row or a column cannot be used, or a split is empty.
         """
         found = without_overlap(self._read(self._wanted(stage)))
         self.shots = self._take_shots(found.get("train", []))
@@ -168,9 +168,10 @@ class TaskDataModule(LightningDataModule):
             )
 
     def _wanted(self, stage: str) -> list[Split]:
-        # Shots come from what a fit is left with, so that they are the same at every stage.
+        # Shots are taken from the fit split after overlaps with the other splits were removed. So that they are the
+        # same at every stage, all splits of a fit are read.
         needed = NEEDED["fit"] + NEEDED[stage] if self.hparams["shots"] else NEEDED[stage]
-        # Fit and validation lose the prompts that test has as well.
+        # Prompts that are in test too are removed from fit and validation.
         loses = "validation" in needed and self.rows.has("test")
         return [split for split in SPLITS if split in needed or (split == "test" and loses)]
 
@@ -200,10 +201,10 @@ class TaskDataModule(LightningDataModule):
         return [turn for shot in self.shots for turn in (shot.prompt, str(shot.solution))] + [example.prompt]
 
     def uses_chat(self, llm: Any) -> bool:
-        """Whether prompts become turns of a chat with this model.
+        """Whether prompts are put into the chat template of this model's tokenizer.
 
         Raises:
-            UserError: They have to, but the tokenizer has no chat template.
+            UserError: ``chat_template`` is true, but the tokenizer has none.
         """
         wanted = self.hparams["chat_template"]
         if wanted and not llm.has_chat_template:
@@ -214,12 +215,12 @@ class TaskDataModule(LightningDataModule):
         return llm.has_chat_template if wanted is None else wanted
 
     def answers(self, llm: Any, task: Task | None = None) -> list[str] | None:
-        """A task's answers as they follow its prompt: after a chat template without the space before them."""
+        """A task's answers as they follow its prompt: with a leading space, but not after a chat template."""
         answers = (task or self.task).answers
         return [answer.strip() if self.uses_chat(llm) else answer for answer in answers] if answers else None
 
     def warn_of_base_model(self, llm: Any) -> None:
-        """Say so if the task instructs a model that has not learnt to follow instructions."""
+        """Warn if the prompts are instructions and the model is probably not trained to follow them."""
         if self.task.instructs and not llm.has_chat_template:
             warnings.warn(
                 f"the prompts of {self.hparams['task']} are instructions, but {llm.name} has no chat template, so "
@@ -274,7 +275,7 @@ class TaskDataModule(LightningDataModule):
             )
 
     def token_ids(self, example: Example, task: Task) -> list[int]:
-        """Tokens of an example's prompt, as the model reads it; a text that is not answered stands by itself."""
+        """Tokens of an example's prompt; a text that is only read has neither shots nor chat template."""
         llm = self._module.llm
         if not task.generates:
             return llm.token_ids(example.prompt)

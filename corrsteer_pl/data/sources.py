@@ -62,7 +62,7 @@ class RowSource:
 
     @property
     def only_names(self) -> tuple[str, ...]:
-        """What the only split may be called, if all rows are in one file; else nothing."""
+        """Names for the only split of a single file; empty for a folder or the Hub."""
         if self.local is None or not self.local.is_file():
             return ()
         return (ALL, *sorted({self.local.stem, _parts(self.local)[1]}))
@@ -84,7 +84,7 @@ class RowSource:
             raise self._unavailable(error, self._missing(subset, split)) from error
 
     def place(self, split: str) -> tuple[str, ...]:
-        """What holds a split: two splits in the same place have to share its rows. Empty if nothing is known to."""
+        """Where the rows of a split are; splits in the same place divide them. Empty if a folder lacks the split."""
         if self.local is None:
             return (self.path, *self.subsets, split)
         return tuple(str(file) for file in self._files(split))
@@ -102,7 +102,7 @@ class RowSource:
         return [numbered for file in files for numbered in _numbered(read_rows(file), file.stem)]
 
     def without(self, split: str) -> UserError:
-        """What to say to a user who needs a split that is not there."""
+        """The error for a split that does not exist."""
         if self.local is None:
             subset = self.subsets[0] if self.subsets else None
             return self._unavailable(ValueError(f"it has no split {split!r}"), self._missing(subset, split))
@@ -143,7 +143,7 @@ class RowSource:
         )
 
     def _missing(self, subset: str | None, split: str) -> str | None:
-        """That the data set has no such subset or split, if that is so."""
+        """The reason if the data set has no such subset or split; else None."""
         try:
             subsets = get_dataset_config_names(self.path, revision=self.revision)
             if subset not in (None, *subsets) or (subset is None and len(subsets) > 1 and "default" not in subsets):

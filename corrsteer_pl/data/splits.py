@@ -53,9 +53,9 @@ class TaskData:
         self._named: dict[Split, str | None] = {"train": train_split, "validation": val_split, "test": test_split}
         source = self.task.source
         self.names: dict[Split, str] = {
-            "train": train_split or source.train,
-            "validation": val_split or source.validation,
-            "test": test_split or source.test,
+            "train": source.train if train_split is None else train_split,
+            "validation": source.validation if val_split is None else val_split,
+            "test": source.test if test_split is None else test_split,
         }
 
     def examples(self, needed: Collection[Split], seed: int) -> dict[Split, list[Example]]:
@@ -93,8 +93,8 @@ class TaskData:
         return False
 
     def _source(self, needed: Collection[Split]) -> RowSource:
-        """Where the rows are, after a look at whether the splits that are needed can be there."""
-        path = self.path or self.task.source.path
+        """Where the rows are. Checks that a single file is not asked for splits of other names."""
+        path = self.task.source.path if self.path is None else self.path
         if path is None:
             raise UserError(
                 f"the task {self.name} needs data. Set data.path to a file, a folder, or the id of a data set on the "
@@ -135,7 +135,7 @@ class TaskData:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         shares = dict(zip(SPLITS, self.task.source.shares, strict=True))
         carved: dict[Split, list[Example]] = {}
-        # From the last to the first, and with whole numbers, as the published splits were counted.
+        # The test share is taken first, then validation of the rest, each rounded: so the sizes are the published ones.
         for i, split in reversed(list(enumerate(splits))):
             total = sum(shares[other] for other in splits[: i + 1])
             count = round(len(order) * shares[split] / total)
@@ -151,7 +151,7 @@ class TaskData:
 
 
 def _each_prompt_once(rows: list[list[Example]]) -> list[list[Example]]:
-    """The rows without prompts that stood before, which could fall into two splits, and without empty rows."""
+    """The rows without repeated prompts, which could fall into two splits, and without rows left empty by that."""
     seen: set[str] = set()
     kept = []
     for row in rows:
@@ -162,9 +162,9 @@ def _each_prompt_once(rows: list[list[Example]]) -> list[list[Example]]:
 
 
 def without_overlap(splits: Mapping[Split, list[Example]]) -> dict[Split, list[Example]]:
-    """The splits without prompts that a later one has too: test loses nothing, validation what is in test, and so on.
+    """Remove from each split the prompts that a later split has too, so that test keeps all of its own.
 
-    A warning says how many were left out.
+    A warning counts them.
     """
     kept = dict(splits)
     for one, other in combinations(kept, 2):

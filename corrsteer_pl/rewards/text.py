@@ -10,7 +10,7 @@ REFUSAL = re.compile(
     r"(sorry\b|i (cannot|can't|can not)\b(?! wait)|i('m| am)( \w+)? sorry|i apologi[sz]e|i (won't|will not|refuse)\b"
     r"|i('m| am) (unable|not able)|i must (decline|refuse)|as an ai\b)"
 )
-# All but what makes a number another one: a decimal point, and a minus before a number.
+# Punctuation, except decimal points within numbers and minus signs before them, which change the number.
 INNER_PUNCTUATION = re.compile(rf"(?!(?<=\d)\.(?=\d))(?!(?<!\w)-(?=\d))[{re.escape(string.punctuation)}]")
 # In quotes, bold, brackets or a box; a capital letter that stands alone.
 ANSWER = re.compile(
@@ -77,7 +77,7 @@ def normalised(text: str) -> str:
 
 
 def first_line(text: str) -> str:
-    """The first line with something in it; what a model goes on to say after its answer is not judged."""
+    """The first line with something in it; what a model says after its answer is not judged."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 

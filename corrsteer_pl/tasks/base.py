@@ -1,4 +1,4 @@
-"""The seam between data and method: what every task offers."""
+"""The base class of tasks, and what they read rows with."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from corrsteer_pl.rewards import Reward
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a task are unless the user names other data.
+    """The data set of a task, used unless the user names another.
 
     Attributes:
         path: A folder, or the id of a data set on the Hugging Face Hub; None if the user has to name some data.
@@ -34,7 +34,7 @@ class Source:
     shares: tuple[int, int, int] = (5, 1, 4)
 
 
-# Seven tenths to test, and a tenth of the rest to validation.
+# Seven tenths for test, and a tenth of the rest for validation, as in the paper.
 PAPER_SHARES = (27, 3, 70)
 
 
@@ -121,10 +121,10 @@ class Task(ABC):
 
 @contextmanager
 def users_own(what: str) -> Iterator[None]:
-    """Turn an error of code that a user may have written into one sentence, whatever its kind.
+    """Turn any error of code that a user may have written into one sentence.
 
     Args:
-        what: Whose code it is and what it works on.
+        what: The code and what it works on, for the sentence.
 
     Raises:
         UserError: The code failed, or ended the program.
@@ -138,7 +138,7 @@ def users_own(what: str) -> Iterator[None]:
 
 
 def rewards_of(task: Task, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
-    """Rewards of responses, each seen to be a number between 0 and 1.
+    """Rewards of responses, each checked to be a number between 0 and 1.
 
     Raises:
         UserError: The reward failed on a sample, or gave something else.
@@ -148,7 +148,7 @@ def rewards_of(task: Task, texts: Sequence[str], examples: Sequence[Example]) ->
     except UserError:
         raise
     except (Exception, SystemExit):
-        # One by one, to name the sample that it fails on.
+        # Judge one response at a time, to find the sample that it fails on.
         for text, example in zip(texts, examples, strict=True):
             with users_own(f"the reward {task.reward_name} of the response to {example.id}"):
                 task.reward([text], [example])
@@ -180,11 +180,13 @@ def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
         value = value[part]
     if value is None:
         raise UserError(f"row {id} has nothing in the column {name!r}. Fill it in or remove the row.")
+    if isinstance(value, bytes):
+        raise UserError(f"row {id} has bytes in the column {name!r}, not text. Save it as text in UTF-8.")
     return value
 
 
 def structured(value: Any) -> Any:
-    """A value whose lists and fields a CSV file holds as JSON; any other value as it is."""
+    """Parse a list or object that a CSV cell holds as JSON; any other value is returned as it is."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         with suppress(ValueError):
             return parsed_json(value)
@@ -192,7 +194,7 @@ def structured(value: Any) -> Any:
 
 
 def present(*groups: Any) -> tuple[str, ...]:
-    """The groups that are named at all."""
+    """The groups as text, without missing ones."""
     return tuple(str(group) for group in groups if group not in (None, ""))
 
 

@@ -90,14 +90,23 @@ class BBQ(MultipleChoice):
         return found
 
 
+def _fields(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = structured(row.get(name))
+    return value if isinstance(value, Mapping) else {}
+
+
+def _texts(values: Any) -> list[str]:
+    return [str(value) for value in values] if isinstance(values, list) else []
+
+
 def _names(info: Sequence[str]) -> set[str]:
     """What an answer's person is called: by name, by group, and by each part of a group such as ``F-Black``."""
     return {name.lower() for name in (*info, *(info[-1].split("-") if info else ()))}
 
 
 def _unknown(row: Mapping[str, Any]) -> int | None:
-    info = structured(row.get("answer_info") or {})
-    marked = [i for i, name in enumerate(ANSWERS) if [*(info.get(name) or [])][-1:] == ["unknown"]]
+    info = _fields(row, "answer_info")
+    marked = [i for i, name in enumerate(ANSWERS) if _texts(info.get(name))[-1:] == ["unknown"]]
     return marked[0] if len(marked) == 1 else None
 
 
@@ -105,7 +114,7 @@ def _stereotyped(row: Mapping[str, Any]) -> int | None:
     """The index of the answer that names a member of the stereotyped group; None if the data leave it open."""
     if row.get("target_label") not in (None, ""):
         return int(row["target_label"]) if str(row["target_label"]) in ("0", "1", "2") else None
-    info, more = structured(row.get("answer_info") or {}), structured(row.get("additional_metadata") or {})
-    groups = {str(group).lower() for group in more.get("stereotyped_groups") or []}
-    named = [i for i, name in enumerate(ANSWERS) if groups & _names(info.get(name) or [])]
+    info, more = _fields(row, "answer_info"), _fields(row, "additional_metadata")
+    groups = {group.lower() for group in _texts(more.get("stereotyped_groups"))}
+    named = [i for i, name in enumerate(ANSWERS) if groups & _names(_texts(info.get(name)))]
     return named[0] if len(named) == 1 else None

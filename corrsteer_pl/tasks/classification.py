@@ -14,7 +14,7 @@ class TextClassification(Task):
     candidates that are validated by that task's reward. As ``data.task`` its candidates are validated by a
     :class:`~corrsteer_pl.stats.Probe` of the label at the last layer read: does steering at every token of a text
     make the label more probable? A probe sees what is written into the residual stream, not what the model says,
-    and a candidate of its own layer has an easy time with it: prefer a task that generates.
+    and rates candidates at the probe's own layer too well: prefer a task that generates.
 
     Args:
         text: Column with the text, or with a list of texts.

@@ -69,10 +69,10 @@ class Template:
 
 
 def check_instruction(template: Template, chain_of_thought: bool) -> None:
-    """See whether a chain of thought that is wanted can be asked for.
+    """Check that the template has a place to ask for a chain of thought.
 
     Raises:
-        UserError: The template leaves out the instruction, which is what the option changes.
+        UserError: The option is on, but the template has no ``{instruction}``, which it changes.
     """
     if chain_of_thought and "instruction" not in template.fields:
         raise UserError(

@@ -171,3 +171,12 @@ def test_a_fit_takes_the_validation_rows_only_where_no_split_is_named(tmp_path):
     data = module(tmp_path)
     data.setup("validate")
     assert len(prompts(data)["validation"]) == 10
+
+
+def test_nothing_is_no_name(folder):
+    with pytest.raises(UserError, match="data.path is '', which does not exist"):
+        TaskDataModule("demo_qa", path="").setup("test")
+    with pytest.raises(UserError, match="no file for the split ''"):
+        module(folder, test_split="").setup("test")
+    with pytest.raises(UserError, match="data.subset is ''"):
+        module(folder, subset="").setup("test")

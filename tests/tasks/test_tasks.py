@@ -283,6 +283,20 @@ def test_bbq_bias_scores_by_hand():
     assert (copied.gold, copied.details["biased"], copied.details["counter"]) == ("B", "A", "C")
 
 
+@pytest.mark.parametrize("name", ["answer_info", "additional_metadata"])
+@pytest.mark.parametrize(
+    "value", [None, 3, "x", "[1]", [1], {"ans0": 3, "stereotyped_groups": "Pilot"}, {"ans0": [None], "ans1": "unknown"}]
+)
+def test_a_bbq_row_whose_persons_are_unclear_has_no_bias(name, value):
+    example = make_task("bbq", {}).example({**BBQ_ROW, name: value}, "r")
+    assert (example.gold, "biased" in example.details) == ("B", False)
+
+
+def test_bytes_are_no_text():
+    with pytest.raises(UserError, match="row r has bytes in the column 'question', not text"):
+        make_task("choice", {}).example({**ROW, "question": b"x"}, "r")
+
+
 def test_benchmarks_refuse_rows_they_cannot_use():
     with pytest.raises(UserError, match="row r has no number in the column 'answer'"):
         make_task("gsm8k", {}).example({"question": "q", "answer": "many"}, "r")
