@@ -149,10 +149,10 @@ def _residuals(llm: LanguageModel, sites: set[Site], prompts: Prompts) -> dict[S
     counted = (mask.bool() & llm.is_text(ids)).flatten().nonzero().squeeze(-1)[:TOKENS]
     with ExitStack() as stack:
         for site in sites | every | {Site(0, "resid_pre")}:
-            stack.callback(site.hook(llm.model, partial(_keep, found, site, counted)).remove)
+            stack.callback(site.hook(llm.model, partial(_store, found, site, counted)).remove)
         llm.forward(ids, mask, positions_of(mask))
     return found
 
 
-def _keep(found: dict[Site, Any], site: Site, counted: Tensor, residual: Tensor) -> None:
+def _store(found: dict[Site, Any], site: Site, counted: Tensor, residual: Tensor) -> None:
     found[site] = residual.flatten(0, 1)[counted.to(residual.device)]

@@ -185,13 +185,13 @@ class LanguageModel:
         bos = self.tokenizer.bos_token_id
         return torch.ones_like(ids, dtype=torch.bool) if bos is None else ids != bos
 
-    def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, keep: int = 1) -> Tensor:
-        """One pass over tokens ``(batch, sequence)``; logits ``(batch, keep, vocabulary)`` of the last positions."""
-        optional = {"position_ids": positions, "logits_to_keep": keep}
+    def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, last: int = 1) -> Tensor:
+        """One pass over tokens ``(batch, sequence)``; logits ``(batch, last, vocabulary)`` of the last positions."""
+        optional = {"position_ids": positions, "logits_to_keep": last}
         known = {name: value for name, value in optional.items() if name in self._accepts}
         use_cache = cache is not None
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **known)
-        return output.logits[:, -keep:]
+        return output.logits[:, -last:]
 
     @cached_property
     def _accepts(self) -> Any:

@@ -26,8 +26,8 @@ class Run(Protocol):
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token at every place, ``(rows, places)``; the logits ``(..., vocabulary)`` after it."""
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the generations that are ``running (rows, places)``, in fewer places.
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop generations that have ended and go on with those that are ``running (rows, places)``, in fewer places.
 
         Returns:
             Where those that stand at the new places stood before, counted along rows and then places.
@@ -60,12 +60,12 @@ class Branches:
         own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.visible = torch.cat([self.visible, own], dim=-1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        logits = self.llm.forward(tokens, self._mask(), positions, self.cache, keep=count)
+        logits = self.llm.forward(tokens, self._mask(), positions, self.cache, last=count)
         self.next = self.next + 1
         return logits
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the samples and the branches that are running; a sample with few fills up with ended ones."""
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop samples and branches that have ended; a sample with few running branches keeps ended ones as filling."""
         rows = running.any(1).nonzero()[:, 0]
         running, count = running[rows], running.shape[1]
         # Those that run come first, in their order.
@@ -89,7 +89,7 @@ class Branches:
         return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 
-class Rows:
+class BatchRows:
     """Generations that are rows of a batch; a row has one place.
 
     Args:
@@ -121,8 +121,8 @@ class Rows:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the rows that are running."""
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop the rows that have ended."""
         rows = running[:, 0].nonzero()[:, 0]
         self.cache = picked(self.cache, rows)
         self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
@@ -135,7 +135,9 @@ class Rows:
 
 
 def _additive(visible: Tensor, llm: LanguageModel) -> Tensor:
-    """A mask ``(batch, 1, places, keys)`` to add to the scores of attention, of what each place sees."""
-    dtype = llm.model.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)
+    """A mask ``(batch, 1, places, keys)`` to add to the scores of attention, of what each place sees: itself, at least.
+
+    Minus infinity gives a weight of exactly 0 whatever the score is; the lowest finite number would not.
+    """
+    mask = torch.zeros(visible.shape, dtype=llm.model.dtype, device=visible.device)
+    return mask.masked_fill(~visible, -torch.inf).unsqueeze(1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.decoding.branches import Branches, Rows
+from corrsteer_pl.models.decoding.branches import BatchRows, Branches
 from corrsteer_pl.models.decoding.cache import FullCache, picked
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
@@ -38,6 +38,25 @@ def require_rows(llm: LanguageModel) -> None:
             f"{llm.name} ({type(llm.model).__name__}) keeps what it has read in a way that cannot be repeated or "
             "selected, so its answers cannot be compared. Choose a model whose cache transformers can reorder."
         )
+
+
+def overflow(llm: LanguageModel, cause: str | None = None) -> UserError:
+    """What to say of logits that are not finite, of which the largest would be no answer.
+
+    Args:
+        llm: The model.
+        cause: What was done to it, as the subject of a sentence; None for nothing.
+    """
+    dtype = str(llm.model.dtype).removeprefix("torch.")
+    if cause is None:
+        return UserError(
+            f"the activations of {llm.name} overflow in {dtype} without any change to the model, so its answers mean "
+            "nothing. Set model.dtype to bfloat16 or float32."
+        )
+    return UserError(
+        f"{cause} makes the activations of {llm.name} overflow in {dtype}, so its answers mean nothing. "
+        "Lower model.scale."
+    )
 
 
 def _tried(ability: str, llm: LanguageModel, trial: Callable[[Tensor], bool]) -> bool:
@@ -74,7 +93,7 @@ def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
     cache = DynamicCache(config=llm.config)
     mask, rows = torch.ones_like(ids), torch.arange(len(ids), device=ids.device).flip(0).repeat(2)
     llm.forward(ids[:, :-2], mask[:, :-2], positions_of(mask[:, :-2]), cache)
-    run = Rows(llm, picked(cache, rows), mask[rows, :-1])
+    run = BatchRows(llm, picked(cache, rows), mask[rows, :-1])
     run.forward(ids[rows, -2:-1])
     return _close(run.forward(ids[rows, -1:])[:, 0], _at_once(llm, ids)[rows])
 
@@ -82,7 +101,10 @@ def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
 def _at_once(llm: LanguageModel, ids: Tensor) -> Tensor:
     """Logits ``(batch, vocabulary)`` after tokens that are read in one pass without a cache."""
     mask = torch.ones_like(ids)
-    return llm.forward(ids, mask, positions_of(mask))[:, -1]
+    logits = llm.forward(ids, mask, positions_of(mask))[:, -1]
+    if not logits.amax(-1).isfinite().all():
+        raise overflow(llm)
+    return logits
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
