@@ -1,24 +1,28 @@
 """A causal language model with its tokenizer."""
 
-import hashlib
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from corrsteer_pl import demo
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.files import absolute
 from corrsteer_pl.hub import HUB_ERRORS, reason
+from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.sites import name_blocks
 
 # What a generation configuration may change greedy choices by, and what changes nothing.
@@ -28,6 +32,14 @@ NEUTRAL = {
 }  # fmt: skip
 # What configurations call windows that layers count by themselves, from where keys stand in the cache.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
+# What transformers raises at a folder or repository that holds no model, or a broken one.
+LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
+# What is raised at a broken file with a message that says nothing by itself.
+UNREADABLE = (UnpicklingError, EOFError, KeyError, JSONDecodeError)
+# What a chat template raises that does not parse, refuses messages, or looks into what is not there.
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+# Weights named in an error message.
+NAMED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,6 +73,7 @@ class LanguageModel:
         revision: str | None = None,
         attn_implementation: str | None = None,
         device_map: str | dict[str, Any] | None = None,
+        offload_folder: str | None = None,
         quantize: int | None = None,
         trust_remote_code: bool = False,
         blocks: str | None = None,
@@ -73,30 +86,44 @@ class LanguageModel:
             revision: Branch, tag or commit on the Hub.
             attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None for the model's default.
             device_map: How layers are spread over devices, ``auto`` for example; None for one device.
+            offload_folder: Where layers that ``device_map`` puts on ``disk`` are kept.
             quantize: 4 or 8 bits per weight, with the extra ``quant``.
             trust_remote_code: Run code that the model's repository brings.
             blocks: Where the decoder blocks are, such as ``model.layers``, if they are not found.
 
         Raises:
-            UserError: It cannot be loaded, or an option is unknown.
+            UserError: It cannot be loaded, its weights are not those that its configuration asks for, or an option is
+                unknown.
         """
         if dtype not in DTYPES:
             raise UserError(f"model.dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
         path = str(demo.MODEL) if name == "demo" else name
         shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        options = {"attn_implementation": attn_implementation, "device_map": device_map}
+        options = {
+            "attn_implementation": attn_implementation,
+            "device_map": device_map,
+            "offload_folder": offload_folder,
+        }
         given = {option: value for option, value in options.items() if value is not None}
         if quantize is not None:
             given["quantization_config"] = _quantization(quantize)
+        part = "weights"
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **shared, **given)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **shared, **given
+            )
+            model, info = loaded
+            part = "tokenizer"
             tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        except (*HUB_ERRORS, ImportError, SafetensorError) as error:
+        except (*LOADING_ERRORS, *UNREADABLE) as error:
             kind = "folder" if Path(path).exists() else "model"
+            unreadable = isinstance(error, UNREADABLE) and error.__cause__ is None
+            why = f"its {part} cannot be read: {type(error).__name__}" if unreadable else reason(error)
             raise UserError(
-                f"the {kind} {name!r} could not be loaded as a causal language model ({reason(error)}). Set model.llm "
+                f"the {kind} {name!r} could not be loaded as a causal language model ({why}). Set model.llm "
                 "to a local folder, to the id of a model on the Hugging Face Hub, or to 'demo'."
             ) from error
+        _check_weights(name, info)
         _warn_of_penalties(name, model.generation_config)
         llm = cls(name, model.eval().requires_grad_(False), tokenizer, bool(device_map or quantize))
         if blocks is not None:
@@ -111,7 +138,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return self.model.device
+        device = self.model.device
+        if device.type == "meta":
+            # The first weights are offloaded; accelerate brings them here for each forward pass.
+            device = torch.device(self.model._hf_hook.execution_device)
+        return device
 
     @property
     def cache_size_per_token(self) -> int:
@@ -169,12 +200,21 @@ class LanguageModel:
             turns: An odd number of texts.
             chat: Whether they are the turns of user and assistant in the tokenizer's chat template; otherwise each
                 response follows its prompt, and an empty line separates one pair from the next.
+
+        Raises:
+            UserError: The chat template is broken, or refuses the turns.
         """
         if not chat:
             pairs = zip(turns[:-1:2], turns[1::2], strict=True)
             return self.token_ids("".join(f"{prompt} {response}\n\n" for prompt, response in pairs) + turns[-1])
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TEMPLATE_ERRORS as error:
+            raise UserError(
+                f"the chat template of the tokenizer of {self.name} fails on {len(turns)} turns of user and assistant "
+                f"({type(error).__name__}: {one_line(error)}). Correct it, or set data.chat_template to false."
+            ) from error
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # Most templates write BOS themselves; the tokenizer would add a second one.
         bos = [self.tokenizer.bos_token_id]
@@ -211,12 +251,12 @@ class LanguageModel:
         return torch.tensor(ids), torch.tensor(mask)
 
     def single_tokens(self, answers: Iterable[str]) -> list[int]:
-        """The token of each answer string.
+        """The token of each answer string as it follows a prompt.
 
         Raises:
             UserError: An answer is not exactly one token.
         """
-        encoded = {answer: self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers}
+        encoded = {answer: self.following_ids(answer) for answer in answers}
         for answer, ids in encoded.items():
             if len(ids) != 1:
                 raise UserError(
@@ -225,10 +265,39 @@ class LanguageModel:
                 )
         return [ids[0] for ids in encoded.values()]
 
+    def following_ids(self, answer: str) -> list[int]:
+        """Tokens of an answer as it follows a prompt, where some tokenizers put no mark before the first word.
+
+        A prompt ends with ``Answer:`` if the answer begins with a space, with a new line otherwise, as in a chat.
+        """
+        prompt = "Answer:" if answer[:1].isspace() else "\n"
+        before, after = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer)
+        )
+        if after[: len(before)] == before:
+            return after[len(before) :]
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
     def decode(self, tokens: Tensor, lengths: Tensor) -> list[str]:
         """Text of generated tokens ``(batch, steps)``, of which the first ``lengths[i]`` count."""
         rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> None:
+    """See whether the weights on disk are those that the configuration asks for; transformers fills up at random."""
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    for keys, what in (
+        (info["missing_keys"], "lacks"),
+        (info["unexpected_keys"], "has more than its configuration asks for:"),
+        (mismatched, "has in other shapes than its configuration asks for"),
+    ):
+        if keys:
+            named = choices([*sorted(keys)[:NAMED], *(["..."] if len(keys) > NAMED else [])])
+            raise UserError(
+                f"the model {name!r} {what} {len(keys)} weights ({named}). Its config.json and its weights do not "
+                "belong together; set model.llm to a complete model."
+            )
 
 
 def _warn_of_penalties(name: str, config: Any) -> None:
@@ -257,15 +326,3 @@ def positions_of(mask: Tensor) -> Tensor:
 def local_name(name: str) -> str:
     """An absolute path for a folder, so that a checkpoint finds it from anywhere; any other name as it is."""
     return name if name == "demo" else absolute(name)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameter names, shapes and first values.
-
-    Values are compared in bfloat16, so that the same weights loaded with another dtype agree.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.state_dict().items()):
-        head = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16).tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {head}\n".encode())
-    return digest.hexdigest()[:16]

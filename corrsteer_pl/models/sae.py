@@ -21,7 +21,8 @@ from torch import Tensor
 from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.hub import HUB_ERRORS, reason
-from corrsteer_pl.models.llm import DTYPES, LanguageModel, fingerprint
+from corrsteer_pl.models.fingerprint import fingerprint
+from corrsteer_pl.models.llm import DTYPES, LanguageModel
 from corrsteer_pl.models.residency import at_hand, bring
 from corrsteer_pl.models.sites import KINDS, Site, decoder_blocks
 
