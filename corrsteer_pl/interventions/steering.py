@@ -1,4 +1,4 @@
-"""Adding constant vectors to the residual stream, token position by token position."""
+"""Adding constant vectors to the residual stream at chosen token positions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,7 +51,7 @@ class Schedule:
 
     @property
     def changes_prompt(self) -> bool:
-        """Whether keys and values of the prompt depend on the steering, so that no cache can be shared."""
+        """Whether the prompt's keys and values depend on the steering, so that variants cannot share a prefill."""
         return self.positions == "all"
 
     def weight(self, step: int) -> float:
@@ -246,7 +246,7 @@ class _Steps(_Clock):
 
 
 class _Placed:
-    """The vectors of a site, ``(rows or 1, places, d_model)``, gathered again only when places have changed."""
+    """The vectors of a site, ``(rows or 1, places, d_model)``, gathered again only if places or batch size change."""
 
     def __init__(self, vectors: Tensor, run: Run | None) -> None:
         self.vectors, self.run = vectors.reshape(-1, vectors.shape[-1]), run  # (K, d_model)

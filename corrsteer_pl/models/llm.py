@@ -25,20 +25,20 @@ from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.sites import name_blocks
 
-# What a generation configuration may change greedy choices by, and what changes nothing.
+# Options of a generation configuration that change greedy choices, each with its value that changes nothing.
 NEUTRAL = {
     "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
     "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_eos_token_id": None,
 }  # fmt: skip
-# What configurations call windows that layers count by themselves, from where keys stand in the cache.
+# Names of attention windows that layers compute from the place of a key in the cache, whatever the mask says.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
-# What transformers raises at a folder or repository that holds no model, or a broken one.
+# Raised by transformers if a folder or repository has no model, or a broken one.
 LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
-# What is raised at a broken file with a message that says nothing by itself.
+# Raised on broken files with a message that does not explain itself.
 UNREADABLE = (UnpicklingError, EOFError, KeyError, JSONDecodeError)
-# What a chat template raises that does not parse, refuses messages, or looks into what is not there.
+# Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-# Weights named in an error message.
+# Number of weights that an error message names.
 NAMED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,15 +47,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LanguageModel:
     """A frozen Hugging Face causal language model and its tokenizer.
 
-    It is not a module on purpose: kept outside a LightningModule's children it stays out of checkpoints,
-    and a ``device_map`` survives ``.to``.
+    It is not an ``nn.Module``: as a child of a LightningModule it would be written to checkpoints, and ``.to`` would
+    undo its ``device_map``.
 
     Attributes:
         name: The path or Hub id that it was loaded from.
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
-        placed: Whether it lies where it has to be, on several devices or quantised, and must not be moved.
-        abilities: What :mod:`~corrsteer_pl.models.decoding.trials` has found that it can do, or not.
+        placed: Whether it must not be moved to another device, because it has a ``device_map`` or is quantised.
+        abilities: Results of :mod:`~corrsteer_pl.models.decoding.trials`, by name.
     """
 
     name: str
@@ -146,7 +146,7 @@ class LanguageModel:
 
     @property
     def cache_size_per_token(self) -> int:
-        """Numbers that the cache holds for each token of a sequence, about, where layers differ or have no heads."""
+        """Elements of the KV cache per token, over all layers; an estimate if layers differ."""
         config = self.config
         try:
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -162,26 +162,29 @@ class LanguageModel:
 
     @property
     def sees_by_mask(self) -> bool:
-        """Whether a mask alone, and a sliding window if any, says what a token sees, wherever that stands."""
+        """Whether the attention mask and a sliding window alone decide what a token attends to.
+
+        Other models also use the place of a key in the cache.
+        """
         kinds = set(getattr(self.config, "layer_types", None) or ())
         counts = any(getattr(self.config, name, None) for name in OWN_COUNT)
         return kinds <= {"full_attention", "sliding_attention"} and not counts
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every token that ends a generation, as Hugging Face ``generate`` sees it."""
+        """All tokens that end a generation in Hugging Face ``generate``."""
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Name and fingerprint, by which a checkpoint recognises its model wherever it lies."""
+        """Name and fingerprint; by the fingerprint a checkpoint recognises its model under any path."""
         return {"name": self.name, "fingerprint": fingerprint(self.model)}
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer can make a chat of prompts, as instruction models expect it."""
+        """Whether the tokenizer has a chat template, as those of instruction models do."""
         return bool(self.tokenizer.chat_template)
 
     @property
@@ -221,7 +224,7 @@ class LanguageModel:
         return bos + ids if self.adds_bos and ids[:1] != bos else ids
 
     def is_text(self, ids: Tensor) -> Tensor:
-        """Where tokens are not BOS, whose activations are orders of magnitude larger than those of text; bool."""
+        """Mask of tokens that are not BOS, whose activations are orders of magnitude larger than those of text."""
         bos = self.tokenizer.bos_token_id
         return torch.ones_like(ids, dtype=torch.bool) if bos is None else ids != bos
 
@@ -285,17 +288,17 @@ class LanguageModel:
 
 
 def _check_weights(name: str, info: Mapping[str, Any]) -> None:
-    """See whether the weights on disk are those that the configuration asks for; transformers fills up at random."""
+    """Check that the weights on disk fit the configuration; transformers initialises missing ones at random."""
     mismatched = [key for key, *_ in info["mismatched_keys"]]
     for keys, what in (
-        (info["missing_keys"], "lacks"),
-        (info["unexpected_keys"], "has more than its configuration asks for:"),
-        (mismatched, "has in other shapes than its configuration asks for"),
+        (info["missing_keys"], "lacks {} of its weights"),
+        (info["unexpected_keys"], "has weights that its configuration does not ask for, {} in all"),
+        (mismatched, "has {} of its weights in other shapes than its configuration asks for"),
     ):
         if keys:
             named = choices([*sorted(keys)[:NAMED], *(["..."] if len(keys) > NAMED else [])])
             raise UserError(
-                f"the model {name!r} {what} {len(keys)} weights ({named}). Its config.json and its weights do not "
+                f"the model {name!r} {what.format(len(keys))} ({named}). Its config.json and its weights do not "
                 "belong together; set model.llm to a complete model."
             )
 
@@ -319,7 +322,7 @@ def _quantization(bits: int) -> Any:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Position of every token that an attention mask ``(batch, sequence)`` lets be seen, from 0; 0 elsewhere."""
+    """Position of every token under an attention mask ``(batch, sequence)``, from 0; 0 where it is masked."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -28,15 +28,15 @@ from corrsteer_pl.models.sites import KINDS, Site, decoder_blocks
 
 SITES = ("declared", *KINDS)
 LAYER = "{layer}"
-# Architectures that encode without a look at their decoder, unless they scale by its norms.
+# Architectures whose encoder does not use W_dec, unless they scale activations by its norms.
 ENCODE_ALONE = ("standard", "jumprelu", "gated", "topk")
 
 
 @dataclass
 class SparseAutoencoder:
-    """An SAE and where it reads the model. Not a module, for the reasons of :class:`LanguageModel`.
+    """An SAE and where it reads the model. Not an ``nn.Module``, for the reasons given at :class:`LanguageModel`.
 
-    It computes on ``sae.device``; what is not needed for encoding, and all of it if so wanted, rests in main memory.
+    It computes on ``sae.device``. Weights that encoding does not need stay in main memory; with offloading all do.
 
     Attributes:
         site: The site that activations are read from and steering vectors are added to.
@@ -64,7 +64,7 @@ class SparseAutoencoder:
 
     @property
     def _centred(self) -> bool:
-        """Whether it was trained on a residual stream without mean, as TransformerLens can make it."""
+        """Whether it was trained on a residual stream whose mean TransformerLens had removed."""
         return bool((self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
     def inputs(self, residual: Tensor) -> Tensor:
@@ -108,13 +108,13 @@ class SparseAutoencoder:
 
 
 def unneeded(sae: Any) -> tuple[str, ...]:
-    """Weights of a SAELens autoencoder that encoding can do without."""
+    """Names of a SAELens autoencoder's weights that encoding does not use."""
     return ("W_dec",) if sae.cfg.architecture() in ENCODE_ALONE and not _rescales(sae) else ()
 
 
 def place(sae: Any, device: torch.device, offload: bool = False) -> None:
-    """Let an SAE that lies in main memory compute on a device, and bring there what encodes, unless offloaded."""
-    device = torch.empty(0, device=device).device  # with its number
+    """Set the device on which an SAE computes, and move its encoder there unless it is offloaded."""
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     sae.device, sae.cfg.device = device, str(device)
     if not offload:
         bring(sae, device, without=unneeded(sae))
@@ -307,7 +307,7 @@ def _expected(release: Any, id: str) -> dict[str, float]:
     """What SAELens's directory, or the path, says of an SAE."""
     l0 = release.expected_l0.get(id) or next(iter(re.findall(r"average_l0_(\d+)", release.saes_map[id])), 0)
     explained = release.expected_var_explained.get(id, 1.0)
-    # SAELens puts 1 and 0 where nothing is known.
+    # SAELens writes a variance of 1 and an L0 of 0 where its table has no entry.
     known = {"l0": float(l0), "variance_explained": explained}
     return {name: value for name, value in known.items() if value not in (0.0, 1.0)}
 
@@ -336,7 +336,7 @@ def _from_hub(release: str, id: str, revision: str | None) -> Any:
     with _pinned(revision):
         sae = SAE.from_pretrained(release, id)
     for name, value in get_config_overrides(release, id).items():
-        # SAELens's table says more than some SAEs do of themselves.
+        # Some SAEs lack metadata that SAELens's table has.
         if name in ("neuronpedia_id", "model_from_pretrained_kwargs") and not sae.cfg.metadata[name]:
             sae.cfg.metadata[name] = value
     return sae
@@ -346,11 +346,11 @@ def _load(
     published: _Published, layer: int, llm: LanguageModel, site: str, dtype: torch.dtype, offload: bool
 ) -> SparseAutoencoder:
     device = next(decoder_blocks(llm.model)[layer].parameters()).device
-    # The weights of an offloaded block come to the model's device when they are needed.
+    # An offloaded block computes on the model's device.
     device = llm.device if device.type == "meta" else device
     try:
         with warnings.catch_warnings():
-            # What it recommends for TransformerLens is done here, where it changes what an SAE reads.
+            # The options that it recommends for TransformerLens are applied by SparseAutoencoder.inputs.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             warnings.filterwarnings("error", message="norm_scaling_factor not found")
             sae: Any = published.load()

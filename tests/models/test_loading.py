@@ -41,16 +41,24 @@ def test_a_missing_weight_is_named(folder, missing):
     weights = load_file(folder / WEIGHTS)
     del weights[missing]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(UserError, match=rf"lacks 1 weights \({missing}\). Its config.json and its weights do not"):
+    with pytest.raises(
+        UserError, match=rf"lacks 1 of its weights \({missing}\). Its config.json and its weights do not"
+    ):
         LanguageModel.load(str(folder))
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_hidden_layers": 6}, r"lacks 18 weights \(model.layers.4.input_layernorm.weight, model.layers.4.mlp.d"),
-        ({"num_hidden_layers": 3}, r"has more than its configuration asks for: 9 weights \(model.layers.3.input_layer"),
-        ({"intermediate_size": 64}, r"has in other shapes than its configuration asks for 12 weights \(model.layers.0"),
+        (
+            {"num_hidden_layers": 6},
+            r"lacks 18 of its weights \(model.layers.4.input_layernorm.weight, model.layers.4.mlp.d",
+        ),
+        ({"num_hidden_layers": 3}, r"has weights that its configuration does not ask for, 9 in all \(model.layers.3.i"),
+        (
+            {"intermediate_size": 64},
+            r"has 12 of its weights in other shapes than its configuration asks for \(model.la",
+        ),
         ({"num_hidden_layers": "x"}, "could not be loaded as a causal language model .Validation error for field"),
         ({"num_attention_heads": 7}, "could not be loaded as a causal language model"),
     ],

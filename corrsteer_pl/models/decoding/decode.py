@@ -17,13 +17,13 @@ from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, overf
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
-# Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
+# Memory that the variants of a forward pass may take, beside the model: bytes, or the share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
-# Prompt tokens of a comparison on a CPU; more of them take longer each, for their activations leave the caches.
+# Prompt tokens of a comparison on a CPU; with more of them activations no longer fit its caches, and each costs more.
 CPU_TOKENS = 2700
-# Tokens that the branches of a prompt may come to.
+# Largest number of generated tokens of all branches of a prompt.
 BRANCH_TOKENS = 2048
-# Checking which generations have ended forces a GPU sync, so it is done every so many steps there, on a CPU at each.
+# Checking which generations have ended forces a GPU sync, so it is done every 8 steps there, and at each on a CPU.
 LOOK_EVERY = 8
 # Ended generations are dropped when no more than this share of the places is still running.
 NEEDED = 0.75
@@ -37,11 +37,11 @@ class Prompts(Protocol):
 
 
 class Intervention(Protocol):
-    """Variants of a change to the model, applied to a batch in which they stand side by side for every sample."""
+    """Variants of a change to the model, applied to a batch that has, for every sample, one row per variant."""
 
     @property
     def changes_prompt(self) -> bool:
-        """Whether the prompt's keys and values depend on the variant, so that no cache can be shared."""
+        """Whether the prompt's keys and values depend on the variant, so that variants cannot share a prefill."""
 
     @property
     def most_together(self) -> int | None:
@@ -54,10 +54,10 @@ class Intervention(Protocol):
         """Number of variants."""
 
     def attached(self, model: nn.Module, run: Run | None = None) -> AbstractContextManager:
-        """Apply the variants within the context, at the places of ``run``, or side by side in rows of the batch."""
+        """Apply variant ``run.variant`` at each place within the context, or to row ``i`` variant ``i % len(self)``."""
 
     def groups(self, size: int) -> Iterator[Self]:
-        """The variants in groups of exactly ``size``, the last filled up with the unchanged model."""
+        """The variants in groups of exactly ``size``, the last padded with variants that change nothing."""
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Decoder:
         return [[text for part in parts for text in part[variant]] for variant in range(len(variants))]
 
     def _parts(self, prompts: Prompts, branches: bool) -> list[Prompts]:
-        """The batch in parts that a processor's caches can hold, where parts cost nothing."""
+        """The batch, on a CPU in parts that fit its caches."""
         ids, mask = prompts.input_ids, prompts.attention_mask
         size = max(1, CPU_TOKENS // ids.shape[1]) if branches and ids.device.type == "cpu" else len(ids)
         return [_Prompts(some, seen) for some, seen in zip(ids.split(size), mask.split(size), strict=True)]
@@ -168,7 +168,7 @@ class Decoder:
         branches = branches and shared
         size = self.together(prompts, len(variants), branches, variants.most_together)
         laid, cache = self._prefill(prompts, branches=size if branches else 0) if shared else (prompts, None)
-        # In low precision equal variants stay equal only in forward passes of equal shape.
+        # In low precision rounding depends on the shape of a forward pass, so all groups have to keep the same shape.
         drop = size >= len(variants) or self.llm.model.dtype == torch.float32
         groups = variants.groups(size)
         texts = [text for group in groups for text in self._continue(group, laid, cache, branches, drop)]
@@ -183,8 +183,8 @@ class Decoder:
         with group.attached(self.llm.model, run):
             found = self._until_the_end(run, tokens, drop=drop)
         if branches and not found.finite.all():
-            # Attention weighs other branches with 0, but 0 * NaN is NaN: decode each variant in its own rows, which
-            # shows whose activations overflow.
+            # Attention gives other branches a weight of 0, but 0 * NaN is NaN. Rows of a batch are independent, so
+            # decoding each variant in its own rows shows which of them overflows.
             cache.rewind(prompts.input_ids.shape[1] - 1)
             alone = group.groups(1)
             return [text for variant in alone for text in self._continue(variant, prompts, cache, False, drop)]
@@ -216,7 +216,7 @@ class Decoder:
         return BatchRows(self.llm, cache, prompts.attention_mask, variants, additive)
 
     def together(self, prompts: Prompts, count: int, branches: bool = False, most_together: int | None = None) -> int:
-        """How many of ``count`` variants share a forward pass, as equally many in each as may be.
+        """How many of ``count`` variants share a forward pass; passes are as equal in size as possible.
 
         Args:
             prompts: The prompts.
@@ -230,13 +230,13 @@ class Decoder:
         return -(-count // -(-count // most))
 
     def groups(self, prompts: Prompts, variants: Intervention) -> Iterator[Intervention]:
-        """The variants in groups that :meth:`read` can read at once; the last is filled up with the unchanged model."""
+        """The variants in groups that :meth:`read` can read at once; the last is padded with the unchanged model."""
         yield from variants.groups(self.together(prompts, len(variants), most_together=variants.most_together))
 
     def _affordable(self, prompts: Prompts, branches: bool) -> int:
         """How many variants the memory budget allows."""
         most = budget(self.llm.device) // self.size_of_variant(prompts, branches)
-        # Every branch attends to the tokens of all branches, only to leave them out.
+        # Attention is computed between all branches of a prompt before the mask removes it, at quadratic cost.
         return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
 
     def size_of_variant(self, prompts: Prompts, branches: bool) -> int:
@@ -264,7 +264,7 @@ class Decoder:
                 raise ValueError(f"{len(variants)} variants cannot share a forward pass; read the groups of groups()")
             prompts = _repeated(prompts, len(variants))
         ids, mask = prompts.input_ids, prompts.attention_mask
-        # What is read comes after what is changed.
+        # The reader is attached last, so that it reads what the intervention has changed.
         with variants.attached(self.llm.model) if variants else nullcontext(), reader.attached(self.llm.model):
             logits = self.llm.forward(ids, mask, positions_of(mask))
             reader.read_text(mask.bool() & self.llm.is_text(ids))
@@ -276,7 +276,7 @@ class Decoder:
         Args:
             run: What reads one more token of every generation.
             tokens: The last of each prompt at every place, ``(rows, places)``.
-            reader: Takes in every step, in rows.
+            reader: Pools every step, in rows.
             drop: Whether generations that have ended may leave the forward passes, which changes their shape.
         """
         place = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)  # which generation stands where
@@ -286,12 +286,12 @@ class Decoder:
         finite = torch.ones_like(lengths, dtype=torch.bool)
         for step in range(self.max_new_tokens):
             chosen, is_finite = self._choose(run.forward(tokens))  # (rows, places)
-            # What has ended is no answer any more, whatever its activations are.
+            # Overflow after the end of a generation does not concern its text.
             finite[place] = finite[place] & (is_finite | ~running)
             running = running & ~torch.isin(chosen, self.end)
             if reader:
                 text = self.llm.is_text(tokens)
-                # The first step reads the last prompt token, which is text whatever follows.
+                # The first step reads the last prompt token, which counts as text even if the generation ends there.
                 reader.read_step((running & text)[:, 0], (running & text if step else text)[:, 0], place[:, 0])
             ids[place, step] = chosen
             lengths[place] += running
@@ -312,16 +312,16 @@ class Decoder:
 
         Args:
             prompts: The prompts.
-            reader: Takes in the prompt's tokens, if it reads them.
+            reader: Pools the prompt's tokens, if it reads them.
             branches: How many branches of a prompt will share the cache; then it keeps every token.
-            share: Whether to take over what earlier prompts began with.
+            share: Whether to reuse the prefix that earlier prompts share.
 
         Returns:
-            The prompts, their padding perhaps elsewhere, and the cache.
+            The prompts, whose padding may have moved behind a shared prefix, and the cache.
         """
         ids, mask = prompts.input_ids, prompts.attention_mask
         cache = self._empty_cache(prompts, branches)
-        # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
+        # Sliding windows also count masked places, so that padding behind the prefix would shorten them.
         share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
         if share and isinstance(cache, FullCache) and can_leave_out(self.llm):
             mask = self._prefix.lay(ids, mask, cache)
@@ -360,7 +360,7 @@ class Decoder:
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that variants may take; the same for the same device, however full it is, so that runs can be repeated."""
+    """Bytes that variants may take: independent of how full the device is, so that runs are reproducible."""
     if device.type != "cuda":
         return BUDGET
     return max(BUDGET, int(SHARE * torch.cuda.get_device_properties(device).total_memory))
@@ -373,6 +373,6 @@ class _Prompts:
 
 
 def _repeated(prompts: Prompts, copies: int) -> Prompts:
-    """A batch in which every sample stands ``copies`` times, side by side."""
+    """A batch with every sample repeated ``copies`` times, in adjacent rows."""
     ids, mask = prompts.input_ids, prompts.attention_mask
     return _Prompts(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))

@@ -1,4 +1,4 @@
-"""What a model can do, tried once on a few tokens instead of believed."""
+"""Tests, run once per model on a few tokens, of whether it supports the ways of decoding used here."""
 
 from collections.abc import Callable
 
@@ -11,27 +11,27 @@ from corrsteer_pl.models.decoding.branches import BatchRows, Branches
 from corrsteer_pl.models.decoding.cache import FullCache, picked
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
-# What models raise at caches and masks that they do not know.
+# Raised by models that do not support a kind of cache or mask.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
-# Tokens of a trial, and places that are left out between them.
+# Tokens of a trial, and masked places between them.
 TOKENS, GAP = 8, 32
 
 
 def can_branch(llm: LanguageModel) -> bool:
-    """Whether branches of a prompt say what their tokens say by themselves."""
+    """Whether branches of a prompt give the logits that their tokens give in a sequence of their own."""
     return _tried("branches", llm, lambda ids: llm.sees_by_mask and _branches_agree(llm, ids))
 
 
 def can_leave_out(llm: LanguageModel) -> bool:
-    """Whether tokens say the same if others stand between them, unseen."""
+    """Whether masked tokens in the middle of a sequence leave its logits unchanged."""
     return _tried("gaps", llm, lambda ids: llm.sees_by_mask and _gaps_agree(llm, ids))
 
 
 def require_rows(llm: LanguageModel) -> None:
-    """See to it that rows of the model's cache go on as they would have.
+    """Check that rows of the model's cache can be repeated and selected.
 
     Raises:
-        UserError: They do not, so that nothing could be compared.
+        UserError: They cannot, so that variants could not be compared.
     """
     if not _tried("rows", llm, lambda ids: _rows_agree(llm, ids)):
         raise UserError(
@@ -41,7 +41,7 @@ def require_rows(llm: LanguageModel) -> None:
 
 
 def overflow(llm: LanguageModel, cause: str | None = None) -> UserError:
-    """What to say of logits that are not finite, of which the largest would be no answer.
+    """The error for logits that are not finite, among which no token is the likeliest.
 
     Args:
         llm: The model.
@@ -61,7 +61,7 @@ def overflow(llm: LanguageModel, cause: str | None = None) -> UserError:
 
 def _tried(ability: str, llm: LanguageModel, trial: Callable[[Tensor], bool]) -> bool:
     if ability not in llm.abilities:
-        # Different tokens, from the middle of the vocabulary, where they are text.
+        # Distinct tokens from the middle of the vocabulary, which has no special tokens.
         size = llm.config.vocab_size
         ids = (size // 2 + torch.arange(2 * TOKENS, device=llm.device).view(2, TOKENS)) % size
         with torch.no_grad():
@@ -108,7 +108,7 @@ def _at_once(llm: LanguageModel, ids: Tensor) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding, which in low precision is coarse; what is wrong is wrong by more."""
+    """Whether logits agree up to rounding; in low precision, up to their standard deviation."""
     if expected.dtype == torch.float32:
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     return bool((found - expected).abs().max() < expected.float().std())
