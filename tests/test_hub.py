@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from corrsteer_pl import TaskDataModule
@@ -17,7 +18,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.hub import HTTP_ERROR, reason
 from corrsteer_pl.models.alignment import alignments
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae import load_saes, saes_identity
 from corrsteer_pl.rewards.judges import REJECTION, SIMILARITY, RefusalReward, SimilarityReward
 from tests.conftest import CONFIGS, cli
 from tests.hub.autoencoders import add_sae_lens
@@ -28,11 +29,13 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.* has SAEs for layers up to:UserWarning",
     "ignore:the prompts of .* are instructions:UserWarning",
 )
-SETTINGS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(CONFIGS.glob("*.yaml"))}
+SETTINGS = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(CONFIGS.glob("*.yaml"))}
 TASKS = [
     name for name, s in SETTINGS.items() if "task" in s.get("data", {}) and s.get("model", {}).get("llm") != "demo"
 ]
 PRESETS = [name for name, s in SETTINGS.items() if "task" not in s.get("data", {})]
+# The main branch under another name.
+BRANCH = "refs/heads/main"
 LIMITS = ["--data.train_size=48", "--data.val_size=8", "--data.test_size=16", "--data.batch_size=16"]
 
 
@@ -56,7 +59,7 @@ def run(configs, *options):
 def test_every_task_config_fits_and_tests(name, here):
     configs = [name] if "model" in SETTINGS[name] else [name, "gemma2_2b.yaml"]
     folder = run(configs)
-    selection = json.loads((folder / "selection.json").read_text())
+    selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
     assert selection["llm"]["name"] == "google/gemma-2-2b-it"
     assert selection["samples"] == 48
     assert {f["layer"] for f in selection["ranking"]} <= {0, 1}
@@ -65,7 +68,7 @@ def test_every_task_config_fits_and_tests(name, here):
         expected = f"https://www.neuronpedia.org/gemma-2-2b/{layer}-gemmascope-res-16k/{index}"
         assert feature["neuronpedia"] == expected
     (metrics,) = folder.glob("test/*/metrics.json")
-    assert json.loads(metrics.read_text())["n"] == 16
+    assert json.loads(metrics.read_text(encoding="utf-8"))["n"] == 16
 
 
 @pytest.mark.slow
@@ -73,7 +76,7 @@ def test_every_task_config_fits_and_tests(name, here):
 def test_every_preset_fits_and_tests(name, here):
     folder = run(["mmlu.yaml", name])
     assert folder.name == f"mmlu-{Path(name).stem}"
-    selection = json.loads((folder / "selection.json").read_text())
+    selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
     assert selection["llm"]["name"] == SETTINGS[name]["model"]["llm"]
     assert selection["saes"]["name"] == SETTINGS[name]["model"]["saes"]
 
@@ -135,7 +138,7 @@ def prepare_broken(hub):
     if "walledai/private" in hub.gated:
         return
     hub.gated.add("walledai/private")
-    (hub.model("walledai/private") / "config.json").write_text("{}")
+    (hub.model("walledai/private") / "config.json").write_text("{}", encoding="utf-8")
     add_dataset(hub, "walledai/private", {"all": {"auxiliary_train": mmlu_rows(5, "private")}})
     rows = [{"query" if k == "question" else k: v for k, v in row.items()} for row in mmlu_rows(20, "auxiliary_train")]
     add_dataset(hub, "changed/mmlu", {"all": {"auxiliary_train": rows, "validation": rows, "test": rows}})
@@ -219,6 +222,41 @@ def test_every_family_of_saes_is_loaded_and_fits(release, sae_id, llm, site, cou
         assert fit.site == f"blocks.{layer}.hook_{site}"
         assert fit.explained > 0.9
         assert fit.problem is None
+
+
+@pytest.mark.parametrize(
+    ("release", "sae_id", "llm", "repository"),
+    [
+        ("gemma-scope-2b-pt-res-canonical", "layer_{layer}/width_16k/canonical", "google/gemma-2-2b-it",
+         "google/gemma-scope-2b-pt-res"),
+        ("llama_scope_lxr_8x", None, "meta-llama/Llama-3.1-8B", "fnlp/Llama3_1-8B-Base-LXR-8x"),
+        ("own/pinned", None, "meta-llama/Llama-3.1-8B", "own/pinned"),
+    ],
+)  # fmt: skip
+def test_saes_are_loaded_at_a_revision(release, sae_id, llm, repository, hub):
+    if release == "own/pinned":
+        add_sae_lens(hub, release, {"saes/0": "blocks.0.hook_resid_post"})
+    model = LanguageModel.load(llm)
+    newest = load_saes(release, model, [0], sae_id=sae_id)
+    hub.requests.clear()
+    pinned = load_saes(release, model, [0], sae_id=sae_id, revision=BRANCH)
+    assert saes_identity(release, pinned) == saes_identity(release, newest)
+    asked = [path for path in hub.requests if f"/{repository}/" in path]
+    assert asked
+    assert all(BRANCH.replace("/", "%2F") in path for path in asked)
+    sha = HfApi(hub.endpoint).model_info(repository).sha
+    pinned = load_saes(release, model, [0], sae_id=sae_id, revision=sha)
+    assert saes_identity(release, pinned) == saes_identity(release, newest)
+    with pytest.raises(UserError, match="the Hub has it, but not that revision"):
+        load_saes(release, model, [0], sae_id=sae_id, revision="v9")
+    hub.requests.clear()
+    load_saes(release, model, [0], sae_id=sae_id)
+    assert not any(BRANCH.replace("/", "%2F") in path for path in hub.requests)
+
+
+def test_a_folder_of_saes_has_no_revision(hub):
+    with pytest.raises(UserError, match="the revision 'v1' is asked for of the SAEs 'demo', which are a folder"):
+        load_saes("demo", LanguageModel.load("demo"), revision="v1")
 
 
 def test_saes_trained_on_a_centred_stream_read_a_centred_stream(hub):

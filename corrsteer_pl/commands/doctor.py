@@ -61,11 +61,11 @@ def _prompt(method: Method, datamodule: TaskDataModule, batch: Batch) -> Iterato
     task = datamodule.fit_task
     ids = datamodule.token_ids(example, task)
     special = set(llm.tokenizer.all_special_ids)
-    shown = [
+    marked = [
         f"\u27e6{token}\u27e7" if id in special else token for id, token in zip(ids, _tokens(llm, ids), strict=True)
     ]
     yield f"\nThe prompt of {example.id} as the model reads it, special tokens in \u27e6 \u27e7:\n"
-    yield Text("".join(shown))
+    yield Text("".join(marked))
     bos = llm.tokenizer.bos_token_id
     lengths = batch.attention_mask.sum(1)
     facts = {
@@ -78,9 +78,10 @@ def _prompt(method: Method, datamodule: TaskDataModule, batch: Batch) -> Iterato
         "gold answer": repr(example.gold),
     }
     if answers := datamodule.answers(llm, task):
-        tokens = zip(answers, llm.single_tokens(answers), strict=True)
+        tokens = {answer: llm.following_ids(answer) for answer in answers}
         restricted = "the only ones allowed" if datamodule.restricted("fit") else "others are allowed too"
-        facts["option tokens"] = ", ".join(f"{answer!r} {token}" for answer, token in tokens) + f" ({restricted})"
+        shown = (f"{answer!r} {' '.join(map(str, ids))}" for answer, ids in tokens.items())
+        facts["option tokens"] = f"{', '.join(shown)} ({restricted})"
     yield _facts("Prompt", facts)
 
 

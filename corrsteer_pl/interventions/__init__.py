@@ -1,1 +1,1 @@
-"""What is done to a model, as context managers that leave no trace."""
+"""Changes to a model, as context managers that undo them."""

@@ -1,8 +1,8 @@
-"""Adding constant vectors to the residual stream, token position by token position."""
+"""Adding constant vectors to the residual stream at chosen token positions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.models.decoding.branches import Run
-from corrsteer_pl.models.sites import Site
+from corrsteer_pl.models.sites import Site, decoder_blocks
 
 POSITIONS = ("generated", "all", "prompt_last", "first_k")
 
@@ -51,7 +51,7 @@ class Schedule:
 
     @property
     def changes_prompt(self) -> bool:
-        """Whether keys and values of the prompt depend on the steering, so that no cache can be shared."""
+        """Whether the prompt's keys and values depend on the steering, so that variants cannot share a prefill."""
         return self.positions == "all"
 
     def weight(self, step: int) -> float:
@@ -72,6 +72,12 @@ class SteeringVectors:
         schedule: Positions and decay.
         variants: Number of variants.
 
+    Attributes:
+        most_together: How many variants can share a forward pass: any number.
+
+    Raises:
+        UserError: A vector is not finite: added to one variant, it would reach the others through attention.
+
     Example:
         >>> from corrsteer_pl.models.llm import LanguageModel
         >>> llm = LanguageModel.load("demo")
@@ -80,7 +86,12 @@ class SteeringVectors:
         ...     tokens = llm.model.generate(torch.tensor([llm.token_ids("Answer:")]), max_new_tokens=1)
     """
 
+    most_together: int | None = None
+
     def __init__(self, vectors: Mapping[Site, Tensor], schedule: Schedule | None = None, variants: int = 1) -> None:
+        for site, vector in vectors.items():
+            if not vector.isfinite().all():
+                raise UserError(f"the steering vector at {site} is not finite. Lower model.scale, or fit again.")
         self.vectors = dict(vectors)
         self.schedule = schedule or Schedule()
         self._variants = variants
@@ -94,13 +105,18 @@ class SteeringVectors:
         """
         try:
             with safe_open(path, "pt") as file:
-                vectors = {Site.parse(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                stored = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is no steering file ({error}). Give a steering.safetensors of a fit.") from error
-        if schedule is None and stored:
-            schedule = Schedule(stored["positions"], int(stored["first_k"]), float(stored["decay"]))
-        return cls(vectors, schedule)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                stored = file.metadata()
+            vectors = {Site.parse(name): _vector(name, tensor) for name, tensor in tensors.items()}
+            if len({len(vector) for vector in vectors.values()}) > 1:
+                raise ValueError("its vectors have different widths")
+            if schedule is None and stored is not None:
+                schedule = _schedule(stored)
+            return cls(vectors, schedule)
+        except (OSError, SafetensorError, ValueError, UserError) as error:
+            raise UserError(
+                f"{path} is no steering file ({one_line(error).rstrip('.')}). Give a steering.safetensors of a fit."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write vectors and schedule, for :meth:`load`."""
@@ -127,6 +143,12 @@ class SteeringVectors:
         """Whether the prompt's keys and values depend on the vectors."""
         return self.schedule.changes_prompt
 
+    def described(self, variant: int) -> str | None:
+        """What a variant does, as the subject of a sentence; None if it adds nothing."""
+        each = {str(site): vectors.reshape(-1, vectors.shape[-1])[variant] for site, vectors in self.vectors.items()}
+        sites = [site for site, vector in each.items() if vector.any()]
+        return f"steering at {choices(sites)}" if sites else None
+
     def groups(self, size: int) -> Iterator[Self]:
         """The variants in groups of ``size``, the last filled up with zero vectors."""
         for start in range(0, len(self), size):
@@ -142,13 +164,37 @@ class SteeringVectors:
             model: The language model.
             run: Generations, each under the variant of its place; then every chunk is a decoding step. None if
                 variants stand side by side in the rows of a batch.
+
+        Raises:
+            UserError: The model has no such block, is of another width, or a vector overflows its dtype.
         """
+        self._check(model)
         clock = (_Steps if run else _Clock)(self.schedule)
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(clock.tick, with_kwargs=True).remove)
             for site, vector in self.vectors.items():
                 stack.callback(site.hook(model, partial(self._add, clock, _Placed(vector, run))).remove)
             yield
+
+    def _check(self, model: Any) -> None:
+        name, depth = type(model).__name__, len(decoder_blocks(model))
+        width = model.config.get_text_config(decoder=True).hidden_size
+        for site, vector in self.vectors.items():
+            if site.layer >= depth:
+                raise UserError(
+                    f"the steering vectors have one at {site}, but {name} has blocks 0..{depth - 1}. "
+                    "Use vectors that were fitted on this model."
+                )
+            if vector.shape[-1] != width:
+                raise UserError(
+                    f"the steering vector at {site} has width {vector.shape[-1]}, but {name} has width {width}. "
+                    "Use vectors that were fitted on this model."
+                )
+            if not vector.to(model.dtype).isfinite().all():
+                raise UserError(
+                    f"the steering vector at {site} overflows {str(model.dtype).removeprefix('torch.')}: its largest "
+                    f"entry is {vector.abs().max():.3g}. Lower model.scale, or set model.dtype to bfloat16 or float32."
+                )
 
     def _add(self, clock: "_Clock", placed: "_Placed", hidden: Tensor) -> Tensor | None:
         if clock.weight == 0:
@@ -157,6 +203,20 @@ class SteeringVectors:
         if hidden.shape[1] == 1 or placed.run or self.schedule.changes_prompt:
             return torch.add(hidden, vector, alpha=clock.weight)
         return torch.cat([hidden[:, :-1], torch.add(hidden[:, -1:], vector, alpha=clock.weight)], dim=1)
+
+
+def _vector(name: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim != 1 or not tensor.is_floating_point():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is {dtype} of shape {tuple(tensor.shape)}, not a vector of floating-point numbers")
+    return tensor
+
+
+def _schedule(metadata: Mapping[str, str]) -> Schedule:
+    """The schedule that :meth:`SteeringVectors.save` has written."""
+    if missing := [field.name for field in fields(Schedule) if field.name not in metadata]:
+        raise ValueError(f"its metadata lack {choices(missing)}")
+    return Schedule(metadata["positions"], int(metadata["first_k"]), float(metadata["decay"]))
 
 
 class _Clock:
@@ -186,7 +246,7 @@ class _Steps(_Clock):
 
 
 class _Placed:
-    """The vectors of a site, ``(rows or 1, places, d_model)``, gathered again only when places have changed."""
+    """The vectors of a site, ``(rows or 1, places, d_model)``, gathered again only if places or batch size change."""
 
     def __init__(self, vectors: Tensor, run: Run | None) -> None:
         self.vectors, self.run = vectors.reshape(-1, vectors.shape[-1]), run  # (K, d_model)

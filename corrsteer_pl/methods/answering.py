@@ -91,7 +91,7 @@ class ProbeReading:
     def probabilities(self, decoder: Decoder, batch: Batch, variants: Intervention) -> list[Tensor]:
         """Probability of a reward for each text under each variant, ``(batch,)`` float64 each."""
         found: list[Tensor] = []
-        for group in variants.groups(decoder.together(batch, len(variants))):
+        for group in decoder.groups(batch, variants):
             reader = PoolReader({0: self.sae}, [self.pool])
             decoder.read(batch, reader, group)
             values = self.probe.probability(reader.pools[0][self.pool].value).cpu()  # (B * group,)

@@ -222,9 +222,8 @@ class Method(PairedEvaluation):
 
     def _answering(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
         reverse = self.datamodule.hparams["reverse"]
-        answers = self.datamodule.answers(self.llm, task)
-        tokens = self.llm.single_tokens(answers) if answers else None
-        allowed = tokens if self.datamodule.restricted(stage) else None
+        answers = self.datamodule.answers(self.llm, task) if self.datamodule.restricted(stage) else None
+        allowed = self.llm.single_tokens(answers) if answers else None
         decoder = Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
         if task.generates:
             return Generating(decoder, task, reverse)

@@ -69,6 +69,7 @@ class CorrSteer(Method):
         dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``. The sums are float64 whatever it is.
         sae_dtype: The same for the SAEs.
         sae_offload: Let SAEs rest in main memory and come to the GPU one by one while they are read, if not all fit.
+        sae_revision: Branch, tag or commit of the SAEs on the Hub; None for the newest.
         llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
@@ -119,6 +120,7 @@ class CorrSteer(Method):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         sae_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         sae_offload: bool = False,
+        sae_revision: str | None = None,
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
     ) -> None:
@@ -180,7 +182,7 @@ class CorrSteer(Method):
 
     def _load_saes(self, layers: list[int] | None = None) -> dict[int, SparseAutoencoder]:
         h = self.hparams
-        options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"]
+        options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"], h["sae_revision"]
         return load_saes(h["saes"], self.llm, layers or h["layers"], *options)
 
     @property

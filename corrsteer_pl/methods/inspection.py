@@ -105,6 +105,13 @@ class _Observed:
         return len(self.variants)
 
     @property
+    def most_together(self) -> int | None:
+        return self.variants.most_together
+
+    def described(self, variant: int) -> str | None:
+        return self.variants.described(variant)
+
+    @property
     def changes_prompt(self) -> bool:
         return self.variants.changes_prompt
 

@@ -17,12 +17,13 @@ from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site
 
 CHECKS = ("error", "warn", "off")
-# So many tokens of the first prompts are enough to tell a misfit.
+# Tokens of the first prompts that the fit is measured on.
 TOKENS = 256
-# Fewer different ones have too little variance to explain.
+# With fewer distinct tokens the variance is too small to judge by.
 FEWEST = 32
-# Shares of variance explained. Below the first an SAE reconstructs nothing worth the name; below the second every
-# other site is tried, above it only the neighbours; by the third and fourth another site fits better, or clearly so.
+# Shares of variance explained. Below NONSENSE an SAE does not reconstruct its input. Below DOUBTFUL it is measured at
+# every other site, above it at the neighbouring blocks only. Another site fits better if it explains BETTER more, and
+# the misfit is certain from CLEARLY_BETTER on.
 NONSENSE, DOUBTFUL, BETTER, CLEARLY_BETTER = 0.1, 0.5, 0.04, 0.1
 
 
@@ -57,7 +58,7 @@ class Alignment:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong, with the figures and the likely cause; None if nothing is."""
+        """A sentence on the misfit with its figures and likely cause; None if the SAE fits."""
         if not self.enough:
             return None
         figures = f"the SAE {self.name} explains {100 * self.explained:.0f} % of the variance at {self.site}" + (
@@ -75,7 +76,7 @@ class Alignment:
 
     @property
     def verdict(self) -> str:
-        """What is to be said in a word or two."""
+        """``fits``, ``perhaps misfit``, ``misfit`` or ``too few tokens``."""
         if not self.enough:
             return "too few tokens"
         if not self.problem:
@@ -84,7 +85,7 @@ class Alignment:
 
     @property
     def is_certain(self) -> bool:
-        """Whether a problem is beyond doubt, and not what the user asked for."""
+        """Whether the misfit is large, and the site not chosen by the user."""
         gain = (self.better_explained or 0) - self.explained if self.better else 0
         return not self.forced and (self.explained < NONSENSE or self.l0 == 0 or gain > CLEARLY_BETTER)
 
@@ -99,7 +100,7 @@ def alignments(llm: LanguageModel, saes: Mapping[int, SparseAutoencoder], prompt
 
 
 def judge_alignments(measured: Iterable[Alignment], check: str) -> None:
-    """Stop, or warn, because of SAEs that do not fit.
+    """Raise or warn if SAEs do not fit.
 
     Args:
         measured: What was measured of them.
@@ -149,10 +150,10 @@ def _residuals(llm: LanguageModel, sites: set[Site], prompts: Prompts) -> dict[S
     counted = (mask.bool() & llm.is_text(ids)).flatten().nonzero().squeeze(-1)[:TOKENS]
     with ExitStack() as stack:
         for site in sites | every | {Site(0, "resid_pre")}:
-            stack.callback(site.hook(llm.model, partial(_keep, found, site, counted)).remove)
+            stack.callback(site.hook(llm.model, partial(_store, found, site, counted)).remove)
         llm.forward(ids, mask, positions_of(mask))
     return found
 
 
-def _keep(found: dict[Site, Any], site: Site, counted: Tensor, residual: Tensor) -> None:
+def _store(found: dict[Site, Any], site: Site, counted: Tensor, residual: Tensor) -> None:
     found[site] = residual.flatten(0, 1)[counted.to(residual.device)]

@@ -1,4 +1,4 @@
-"""Reading hooks: the residual at each SAE's site, encoded and pooled while the model decodes."""
+"""Hooks that read the residual at each SAE's site, and encode and pool it while the model decodes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from corrsteer_pl.models.pooling import POOLS, Pool
 from corrsteer_pl.models.sae import SparseAutoencoder
 
-# Prompt positions are encoded this many at a time, so that (batch, prompt, d_sae) never exists.
+# Prompt positions encoded at a time; all at once would need a tensor (batch, prompt, d_sae).
 PROMPT_CHUNK = 16
 
 
@@ -39,15 +39,15 @@ class PoolReader:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether any pool takes prompt tokens in."""
+        """Whether any pool counts prompt tokens."""
         return any(kind == "all" for pools in self.pools.values() for kind in pools)
 
     def read_prompt(self, counted: Tensor) -> None:
-        """Take in the prompt tokens of the last forward pass where ``counted``, ``(batch, sequence)`` bool."""
+        """Pool the prompt tokens of the last forward pass where ``counted``, ``(batch, sequence)`` bool."""
         self._read_tokens(counted, ("all",))
 
     def read_text(self, counted: Tensor) -> None:
-        """Take in the tokens of a text, for every pool, where ``counted``, ``(batch, sequence)`` bool."""
+        """Pool the tokens of a text, in every pool, where ``counted``, ``(batch, sequence)`` bool."""
         self._read_tokens(counted, POOLS)
 
     def _read_tokens(self, counted: Tensor, kinds: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class PoolReader:
                         self.pools[layer][kind].update(activations[:, position], column)
 
     def read_step(self, counted: Tensor, text: Tensor, samples: Tensor) -> None:
-        """Take in the last position of the last forward pass.
+        """Pool the last position of the last forward pass.
 
         Shape:
             - counted: ``(rows,)`` bool, for the pools of generated tokens.

@@ -1,33 +1,45 @@
 """A causal language model with its tokenizer."""
 
-import hashlib
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from corrsteer_pl import demo
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.files import absolute
 from corrsteer_pl.hub import HUB_ERRORS, reason
+from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.sites import name_blocks
 
-# What a generation configuration may change greedy choices by, and what changes nothing.
+# Options of a generation configuration that change greedy choices, each with its value that changes nothing.
 NEUTRAL = {
     "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
     "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_eos_token_id": None,
 }  # fmt: skip
-# What configurations call windows that layers count by themselves, from where keys stand in the cache.
+# Names of attention windows that layers compute from the place of a key in the cache, whatever the mask says.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
+# Raised by transformers if a folder or repository has no model, or a broken one.
+LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
+# Raised on broken files with a message that does not explain itself.
+UNREADABLE = (UnpicklingError, EOFError, KeyError, JSONDecodeError)
+# Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+# Number of weights that an error message names.
+NAMED = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,15 +47,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LanguageModel:
     """A frozen Hugging Face causal language model and its tokenizer.
 
-    It is not a module on purpose: kept outside a LightningModule's children it stays out of checkpoints,
-    and a ``device_map`` survives ``.to``.
+    It is not an ``nn.Module``: as a child of a LightningModule it would be written to checkpoints, and ``.to`` would
+    undo its ``device_map``.
 
     Attributes:
         name: The path or Hub id that it was loaded from.
         model: The causal language model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
-        placed: Whether it lies where it has to be, on several devices or quantised, and must not be moved.
-        abilities: What :mod:`~corrsteer_pl.models.decoding.trials` has found that it can do, or not.
+        placed: Whether it must not be moved to another device, because it has a ``device_map`` or is quantised.
+        abilities: Results of :mod:`~corrsteer_pl.models.decoding.trials`, by name.
     """
 
     name: str
@@ -61,6 +73,7 @@ class LanguageModel:
         revision: str | None = None,
         attn_implementation: str | None = None,
         device_map: str | dict[str, Any] | None = None,
+        offload_folder: str | None = None,
         quantize: int | None = None,
         trust_remote_code: bool = False,
         blocks: str | None = None,
@@ -73,30 +86,44 @@ class LanguageModel:
             revision: Branch, tag or commit on the Hub.
             attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None for the model's default.
             device_map: How layers are spread over devices, ``auto`` for example; None for one device.
+            offload_folder: Where layers that ``device_map`` puts on ``disk`` are kept.
             quantize: 4 or 8 bits per weight, with the extra ``quant``.
             trust_remote_code: Run code that the model's repository brings.
             blocks: Where the decoder blocks are, such as ``model.layers``, if they are not found.
 
         Raises:
-            UserError: It cannot be loaded, or an option is unknown.
+            UserError: It cannot be loaded, its weights are not those that its configuration asks for, or an option is
+                unknown.
         """
         if dtype not in DTYPES:
             raise UserError(f"model.dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
         path = str(demo.MODEL) if name == "demo" else name
         shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        options = {"attn_implementation": attn_implementation, "device_map": device_map}
+        options = {
+            "attn_implementation": attn_implementation,
+            "device_map": device_map,
+            "offload_folder": offload_folder,
+        }
         given = {option: value for option, value in options.items() if value is not None}
         if quantize is not None:
             given["quantization_config"] = _quantization(quantize)
+        part = "weights"
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **shared, **given)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **shared, **given
+            )
+            model, info = loaded
+            part = "tokenizer"
             tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        except (*HUB_ERRORS, ImportError, SafetensorError) as error:
+        except (*LOADING_ERRORS, *UNREADABLE) as error:
             kind = "folder" if Path(path).exists() else "model"
+            unreadable = isinstance(error, UNREADABLE) and error.__cause__ is None
+            why = f"its {part} cannot be read: {type(error).__name__}" if unreadable else reason(error)
             raise UserError(
-                f"the {kind} {name!r} could not be loaded as a causal language model ({reason(error)}). Set model.llm "
+                f"the {kind} {name!r} could not be loaded as a causal language model ({why}). Set model.llm "
                 "to a local folder, to the id of a model on the Hugging Face Hub, or to 'demo'."
             ) from error
+        _check_weights(name, info)
         _warn_of_penalties(name, model.generation_config)
         llm = cls(name, model.eval().requires_grad_(False), tokenizer, bool(device_map or quantize))
         if blocks is not None:
@@ -111,11 +138,15 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return self.model.device
+        device = self.model.device
+        if device.type == "meta":
+            # The first weights are offloaded; accelerate brings them here for each forward pass.
+            device = torch.device(self.model._hf_hook.execution_device)
+        return device
 
     @property
     def cache_size_per_token(self) -> int:
-        """Numbers that the cache holds for each token of a sequence, about, where layers differ or have no heads."""
+        """Elements of the KV cache per token, over all layers; an estimate if layers differ."""
         config = self.config
         try:
             heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -131,26 +162,29 @@ class LanguageModel:
 
     @property
     def sees_by_mask(self) -> bool:
-        """Whether a mask alone, and a sliding window if any, says what a token sees, wherever that stands."""
+        """Whether the attention mask and a sliding window alone decide what a token attends to.
+
+        Other models also use the place of a key in the cache.
+        """
         kinds = set(getattr(self.config, "layer_types", None) or ())
         counts = any(getattr(self.config, name, None) for name in OWN_COUNT)
         return kinds <= {"full_attention", "sliding_attention"} and not counts
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every token that ends a generation, as Hugging Face ``generate`` sees it."""
+        """All tokens that end a generation in Hugging Face ``generate``."""
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
         return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Name and fingerprint, by which a checkpoint recognises its model wherever it lies."""
+        """Name and fingerprint; by the fingerprint a checkpoint recognises its model under any path."""
         return {"name": self.name, "fingerprint": fingerprint(self.model)}
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer can make a chat of prompts, as instruction models expect it."""
+        """Whether the tokenizer has a chat template, as those of instruction models do."""
         return bool(self.tokenizer.chat_template)
 
     @property
@@ -169,29 +203,38 @@ class LanguageModel:
             turns: An odd number of texts.
             chat: Whether they are the turns of user and assistant in the tokenizer's chat template; otherwise each
                 response follows its prompt, and an empty line separates one pair from the next.
+
+        Raises:
+            UserError: The chat template is broken, or refuses the turns.
         """
         if not chat:
             pairs = zip(turns[:-1:2], turns[1::2], strict=True)
             return self.token_ids("".join(f"{prompt} {response}\n\n" for prompt, response in pairs) + turns[-1])
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TEMPLATE_ERRORS as error:
+            raise UserError(
+                f"the chat template of the tokenizer of {self.name} fails on {len(turns)} turns of user and assistant "
+                f"({type(error).__name__}: {one_line(error)}). Correct it, or set data.chat_template to false."
+            ) from error
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # Most templates write BOS themselves; the tokenizer would add a second one.
         bos = [self.tokenizer.bos_token_id]
         return bos + ids if self.adds_bos and ids[:1] != bos else ids
 
     def is_text(self, ids: Tensor) -> Tensor:
-        """Where tokens are not BOS, whose activations are orders of magnitude larger than those of text; bool."""
+        """Mask of tokens that are not BOS, whose activations are orders of magnitude larger than those of text."""
         bos = self.tokenizer.bos_token_id
         return torch.ones_like(ids, dtype=torch.bool) if bos is None else ids != bos
 
-    def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, keep: int = 1) -> Tensor:
-        """One pass over tokens ``(batch, sequence)``; logits ``(batch, keep, vocabulary)`` of the last positions."""
-        optional = {"position_ids": positions, "logits_to_keep": keep}
+    def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, last: int = 1) -> Tensor:
+        """One pass over tokens ``(batch, sequence)``; logits ``(batch, last, vocabulary)`` of the last positions."""
+        optional = {"position_ids": positions, "logits_to_keep": last}
         known = {name: value for name, value in optional.items() if name in self._accepts}
         use_cache = cache is not None
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **known)
-        return output.logits[:, -keep:]
+        return output.logits[:, -last:]
 
     @cached_property
     def _accepts(self) -> Any:
@@ -211,12 +254,12 @@ class LanguageModel:
         return torch.tensor(ids), torch.tensor(mask)
 
     def single_tokens(self, answers: Iterable[str]) -> list[int]:
-        """The token of each answer string.
+        """The token of each answer string as it follows a prompt.
 
         Raises:
             UserError: An answer is not exactly one token.
         """
-        encoded = {answer: self.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers}
+        encoded = {answer: self.following_ids(answer) for answer in answers}
         for answer, ids in encoded.items():
             if len(ids) != 1:
                 raise UserError(
@@ -225,10 +268,39 @@ class LanguageModel:
                 )
         return [ids[0] for ids in encoded.values()]
 
+    def following_ids(self, answer: str) -> list[int]:
+        """Tokens of an answer as it follows a prompt, where some tokenizers put no mark before the first word.
+
+        A prompt ends with ``Answer:`` if the answer begins with a space, with a new line otherwise, as in a chat.
+        """
+        prompt = "Answer:" if answer[:1].isspace() else "\n"
+        before, after = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer)
+        )
+        if after[: len(before)] == before:
+            return after[len(before) :]
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+
     def decode(self, tokens: Tensor, lengths: Tensor) -> list[str]:
         """Text of generated tokens ``(batch, steps)``, of which the first ``lengths[i]`` count."""
         rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Check that the weights on disk fit the configuration; transformers initialises missing ones at random."""
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    for keys, what in (
+        (info["missing_keys"], "lacks {} of its weights"),
+        (info["unexpected_keys"], "has weights that its configuration does not ask for, {} in all"),
+        (mismatched, "has {} of its weights in other shapes than its configuration asks for"),
+    ):
+        if keys:
+            named = choices([*sorted(keys)[:NAMED], *(["..."] if len(keys) > NAMED else [])])
+            raise UserError(
+                f"the model {name!r} {what.format(len(keys))} ({named}). Its config.json and its weights do not "
+                "belong together; set model.llm to a complete model."
+            )
 
 
 def _warn_of_penalties(name: str, config: Any) -> None:
@@ -250,22 +322,10 @@ def _quantization(bits: int) -> Any:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Position of every token that an attention mask ``(batch, sequence)`` lets be seen, from 0; 0 elsewhere."""
+    """Position of every token under an attention mask ``(batch, sequence)``, from 0; 0 where it is masked."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def local_name(name: str) -> str:
     """An absolute path for a folder, so that a checkpoint finds it from anywhere; any other name as it is."""
     return name if name == "demo" else absolute(name)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of a module's parameter names, shapes and first values.
-
-    Values are compared in bfloat16, so that the same weights loaded with another dtype agree.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.state_dict().items()):
-        head = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16).tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {head}\n".encode())
-    return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ class Pool:
         self._tokens = torch.zeros(())
 
     def update(self, activations: Tensor, counted: Tensor, samples: Tensor | None = None) -> None:
-        """Take in one token of every sample, or of some.
+        """Pool one token of every sample, or of some.
 
         Shape:
             - activations: ``(rows, d_sae)``, not negative.
@@ -35,7 +35,7 @@ class Pool:
             - samples: ``(rows,)``, which samples they are; None for all. At first they are all.
         """
         counted = counted.unsqueeze(-1)
-        # In half precision a mean would stop counting at 256; what is not counted may be infinite.
+        # float32, because sums of bfloat16 stop growing at 256. torch.where, because inf * 0 would be NaN.
         activations = torch.where(counted, activations, 0).float()
         if self._running is None:
             self._running, self._tokens = activations, counted.float()

@@ -1,4 +1,4 @@
-"""Weights that rest in main memory, and come to their device only for as long as they are needed."""
+"""Weights that are stored in main memory and moved to their device only while they are used."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,11 @@ Moved = list[tuple[dict[str, Any], str, Tensor]]
 
 
 def bring(module: nn.Module, device: torch.device, without: Collection[str] = ()) -> Moved:
-    """Bring parameters and buffers to a device, except those named in ``without``; where each stood, and as what."""
+    """Move parameters and buffers to a device, except those named in ``without``.
+
+    Returns:
+        Table, name and original tensor of everything that was moved, by which it can be put back.
+    """
     tables: list[dict[str, Any]] = [
         table for owner in module.modules() for table in (owner._parameters, owner._buffers)
     ]
@@ -25,7 +29,7 @@ def bring(module: nn.Module, device: torch.device, without: Collection[str] = ()
 
 @contextmanager
 def at_hand(module: nn.Module, device: torch.device, without: Collection[str] = ()) -> Iterator[None]:
-    """Bring what rests elsewhere to a device for the length of the context, except what ``without`` names."""
+    """Move parameters and buffers to a device within the context, except those named in ``without``."""
     rested = bring(module, device, without)
     try:
         yield

@@ -3,7 +3,8 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_config_overrides, get_pretrained_saes_directory
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,21 +21,22 @@ from torch import Tensor
 from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.hub import HUB_ERRORS, reason
-from corrsteer_pl.models.llm import DTYPES, LanguageModel, fingerprint
+from corrsteer_pl.models.fingerprint import fingerprint
+from corrsteer_pl.models.llm import DTYPES, LanguageModel
 from corrsteer_pl.models.residency import at_hand, bring
 from corrsteer_pl.models.sites import KINDS, Site, decoder_blocks
 
 SITES = ("declared", *KINDS)
 LAYER = "{layer}"
-# Architectures that encode without a look at their decoder, unless they scale by its norms.
+# Architectures whose encoder does not use W_dec, unless they scale activations by its norms.
 ENCODE_ALONE = ("standard", "jumprelu", "gated", "topk")
 
 
 @dataclass
 class SparseAutoencoder:
-    """An SAE and where it reads the model. Not a module, for the reasons of :class:`LanguageModel`.
+    """An SAE and where it reads the model. Not an ``nn.Module``, for the reasons given at :class:`LanguageModel`.
 
-    It computes on ``sae.device``; what is not needed for encoding, and all of it if so wanted, rests in main memory.
+    It computes on ``sae.device``. Weights that encoding does not need stay in main memory; with offloading all do.
 
     Attributes:
         site: The site that activations are read from and steering vectors are added to.
@@ -61,7 +64,7 @@ class SparseAutoencoder:
 
     @property
     def _centred(self) -> bool:
-        """Whether it was trained on a residual stream without mean, as TransformerLens can make it."""
+        """Whether it was trained on a residual stream whose mean TransformerLens had removed."""
         return bool((self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
 
     def inputs(self, residual: Tensor) -> Tensor:
@@ -98,19 +101,20 @@ class SparseAutoencoder:
 
     def direction(self, index: int) -> Tensor:
         """What one unit of a feature adds to the residual: its decoder row, ``(d_model,)`` float32."""
-        row = self.sae.W_dec[index].detach().float().cpu()
+        # A view would keep the storage of the whole decoder alive, and torch.save would write all of it.
+        row = self.sae.W_dec[index].detach().to("cpu", torch.float32, copy=True)
         # Some TopK autoencoders divide by the row's norm when they decode.
         return row / row.norm() if _rescales(self.sae) else row
 
 
 def unneeded(sae: Any) -> tuple[str, ...]:
-    """Weights of a SAELens autoencoder that encoding can do without."""
+    """Names of a SAELens autoencoder's weights that encoding does not use."""
     return ("W_dec",) if sae.cfg.architecture() in ENCODE_ALONE and not _rescales(sae) else ()
 
 
 def place(sae: Any, device: torch.device, offload: bool = False) -> None:
-    """Let an SAE that lies in main memory compute on a device, and bring there what encodes, unless offloaded."""
-    device = torch.empty(0, device=device).device  # with its number
+    """Set the device on which an SAE computes, and move its encoder there unless it is offloaded."""
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     sae.device, sae.cfg.device = device, str(device)
     if not offload:
         bring(sae, device, without=unneeded(sae))
@@ -138,6 +142,7 @@ def load_saes(
     sae_id: str | None = None,
     dtype: str = "float32",
     offload: bool = False,
+    revision: str | None = None,
 ) -> dict[int, SparseAutoencoder]:
     """Load the SAEs of the named layers, or of all layers that have one.
 
@@ -151,20 +156,26 @@ def load_saes(
             such as ``layer_{layer}/width_16k/canonical``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         offload: Let them rest in main memory, and come to the device one by one while they encode.
+        revision: Branch, tag or commit of the repository on the Hub that they come from; None for its main branch.
 
     Returns:
         The autoencoders by layer, in ascending order.
 
     Raises:
-        UserError: No such source or id, a layer without SAE, a site that cannot be steered, or another width than
-            the model's.
+        UserError: No such source, id or revision, a layer without SAE, a site that cannot be steered, another width
+            than the model's, or weights that are not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"model.sae_dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
     if site not in SITES:
         raise UserError(f"model.site is {site!r}; choose one of {choices(SITES)}.")
     folder = demo.SAES if source == "demo" else Path(source)
-    found = _in_folder(folder, sae_id) if folder.is_dir() else _on_the_hub(source, sae_id)
+    if revision is not None and folder.is_dir():
+        raise UserError(
+            f"the revision {revision!r} is asked for of the SAEs {source!r}, which are a folder and have none. Leave "
+            "it out, or name a release or a repository on the Hub."
+        )
+    found = _in_folder(folder, sae_id) if folder.is_dir() else _on_the_hub(source, sae_id, revision)
     depth = llm.config.num_hidden_layers
     wanted = sorted(found if layers is None else set(layers))
     if layers is None and wanted and wanted[-1] >= depth:
@@ -229,9 +240,9 @@ def _from_disk(path: Path) -> Any:
     return sae
 
 
-def _on_the_hub(source: str, sae_id: str | None) -> dict[int, _Published]:
+def _on_the_hub(source: str, sae_id: str | None, revision: str | None) -> dict[int, _Published]:
     release = get_pretrained_saes_directory().get(source)
-    ids = list(release.saes_map) if release else _ids_in_repository(source)
+    ids = list(release.saes_map) if release else _ids_in_repository(source, revision)
     template = sae_id or _only_template(source, ids)
     matches = {id: _pattern(template).fullmatch(id) for id in ids}
     found: dict[int, _Published] = {}
@@ -239,7 +250,7 @@ def _on_the_hub(source: str, sae_id: str | None) -> dict[int, _Published]:
         if match:
             layer = next(iter([*match.groups(), *re.findall(r"\d+", id), 0]))
             expected = _expected(release, id) if release else {}
-            found[int(layer)] = _Published(id, partial(_from_hub, source, id), expected)
+            found[int(layer)] = _Published(id, partial(_from_hub, source, id, revision), expected)
     if not found:
         kinds = sorted({_templated(id) for id in ids})
         raise UserError(
@@ -249,7 +260,7 @@ def _on_the_hub(source: str, sae_id: str | None) -> dict[int, _Published]:
     return found
 
 
-def _ids_in_repository(source: str) -> list[str]:
+def _ids_in_repository(source: str, revision: str | None) -> list[str]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         known = nearest(source, get_pretrained_saes_directory(), 3)
         raise UserError(
@@ -257,7 +268,7 @@ def _ids_in_repository(source: str) -> list[str]:
             f"are {choices(known)}). Set model.saes to a folder of SAELens SAEs, a release, or a repository on the Hub."
         )
     try:
-        files = HfApi().list_repo_files(source)
+        files = HfApi().list_repo_files(source, revision=revision)
     except HUB_ERRORS as error:
         raise UserError(
             f"the SAEs {source!r} could not be found ({reason(error)}). Set model.saes to a folder of SAELens SAEs, "
@@ -296,15 +307,36 @@ def _expected(release: Any, id: str) -> dict[str, float]:
     """What SAELens's directory, or the path, says of an SAE."""
     l0 = release.expected_l0.get(id) or next(iter(re.findall(r"average_l0_(\d+)", release.saes_map[id])), 0)
     explained = release.expected_var_explained.get(id, 1.0)
-    # SAELens puts 1 and 0 where nothing is known.
+    # SAELens writes a variance of 1 and an L0 of 0 where its table has no entry.
     known = {"l0": float(l0), "variance_explained": explained}
     return {name: value for name, value in known.items() if value not in (0.0, 1.0)}
 
 
-def _from_hub(release: str, id: str) -> Any:
-    sae = SAE.from_pretrained(release, id)
+@contextmanager
+def _pinned(revision: str | None) -> Iterator[None]:
+    """Let SAELens download at a revision: it has no option for that, and all its loaders call these functions."""
+    if revision is None:
+        yield
+        return
+    own = {name: getattr(pretrained_sae_loaders, name) for name in ("hf_hub_download", "hf_hub_url")}
+    try:
+        for name, download in own.items():
+            setattr(pretrained_sae_loaders, name, partial(_download, download, revision))
+        yield
+    finally:
+        for name, download in own.items():
+            setattr(pretrained_sae_loaders, name, download)
+
+
+def _download(download: Callable[..., str], revision: str, *args: Any, **kwargs: Any) -> str:
+    return download(*args, **{**kwargs, "revision": revision})
+
+
+def _from_hub(release: str, id: str, revision: str | None) -> Any:
+    with _pinned(revision):
+        sae = SAE.from_pretrained(release, id)
     for name, value in get_config_overrides(release, id).items():
-        # SAELens's table says more than some SAEs do of themselves.
+        # Some SAEs lack metadata that SAELens's table has.
         if name in ("neuronpedia_id", "model_from_pretrained_kwargs") and not sae.cfg.metadata[name]:
             sae.cfg.metadata[name] = value
     return sae
@@ -314,11 +346,11 @@ def _load(
     published: _Published, layer: int, llm: LanguageModel, site: str, dtype: torch.dtype, offload: bool
 ) -> SparseAutoencoder:
     device = next(decoder_blocks(llm.model)[layer].parameters()).device
-    # The weights of an offloaded block come to the model's device when they are needed.
+    # An offloaded block computes on the model's device.
     device = llm.device if device.type == "meta" else device
     try:
         with warnings.catch_warnings():
-            # What it recommends for TransformerLens is done here, where it changes what an SAE reads.
+            # The options that it recommends for TransformerLens are applied by SparseAutoencoder.inputs.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             warnings.filterwarnings("error", message="norm_scaling_factor not found")
             sae: Any = published.load()
@@ -333,9 +365,33 @@ def _load(
             "Set model.saes to autoencoders that were trained on this model."
         )
     at = declared if site == "declared" else Site(declared.layer, site)
+    _check_k(sae, published.name)
+    _check_finite(sae, published.name)
     sae = sae.to(dtype=dtype).eval().requires_grad_(False)
+    _check_finite(sae, published.name)
     place(sae, device, offload)
     return SparseAutoencoder(at, sae, published.name, declared, published.expected)
+
+
+def _check_finite(sae: Any, name: str) -> None:
+    for tensor_name, tensor in sae.state_dict().items():
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"the SAE {name} has values in {tensor_name} that are not finite in {dtype}. Set model.saes to "
+                "others, or model.sae_dtype to a precision with a larger range."
+            )
+
+
+def _check_k(sae: Any, name: str) -> None:
+    if sae.cfg.architecture() != "topk":
+        return
+    k, d_sae = sae.cfg.k, sae.cfg.d_sae
+    if type(k) is not int or not 1 <= k <= d_sae:
+        raise UserError(
+            f"the SAE {name} keeps k = {k!r} of {d_sae} features; k is a whole number from 1 to {d_sae}. Correct its "
+            "cfg.json, or set model.saes to others."
+        )
 
 
 def saes_identity(source: str, saes: dict[int, SparseAutoencoder]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _trainer_cfg(steps: int, batch_tokens: int, lr: float, device: str) -> SAETr
         total_training_samples=steps * batch_tokens,
         train_batch_size_samples=batch_tokens,
         lr=lr,
-        lr_end=lr,  # of the plateau; the decay that follows ends at zero
+        lr_end=lr,  # constant after the warm-up; the decay steps then go to zero
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
         dead_feature_window=max(1, steps // 10),
@@ -147,7 +147,7 @@ def _batches(
     while True:
         _refill(buffer, pieces, BATCHES_PER_BUFFER * batch_tokens)
         order = torch.randperm(len(next(iter(buffer.values()))))
-        # Half of the buffer stays behind, to be mixed with what comes next.
+        # Half of the buffer is kept, so that batches mix activations of different texts.
         for rows in order.split(batch_tokens)[: BATCHES_PER_BUFFER // 2]:
             yield {layer: x[rows] for layer, x in buffer.items()}
         rest = order[BATCHES_PER_BUFFER // 2 * batch_tokens :]

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from corrsteer_pl.errors import UserError, choices
 
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-# How decoder blocks call the parts that write to the residual stream, and the norm, if any, between a part and it.
+# Names, in decoder blocks, of the parts that write to the residual stream and of the norms after them.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 ATTENTION_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
@@ -79,7 +79,8 @@ class Site:
         if self.kind == "resid_post":
             return block
         parts, norms = (ATTENTION, ATTENTION_NORM) if self.kind == "attn_out" else (MLP, MLP_NORM)
-        # Llama's post_attention_layernorm stands before the MLP; a norm after the MLP tells the two designs apart.
+        # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP, as in Gemma 2,
+        # have one after attention.
         has_norms = any(hasattr(block, name) for name in MLP_NORM)
         names = [name for name in (*(norms if has_norms else ()), *parts) if hasattr(block, name)]
         if not names:
@@ -91,7 +92,7 @@ class Site:
 
 
 def name_blocks(model: Any, path: str) -> None:
-    """Say where a model's decoder blocks are, for a model in which :func:`decoder_blocks` finds none.
+    """Set the path of a model's decoder blocks, for a model in which :func:`decoder_blocks` finds none.
 
     Raises:
         UserError: There is no list of modules at that path.
@@ -106,7 +107,7 @@ def name_blocks(model: Any, path: str) -> None:
             f"model.llm_args.blocks is {path!r}, which is no list of modules in {type(model).__name__}; "
             f"there are {choices(lists)}."
         )
-    # An attribute of the model, because hooks see the model alone.
+    # Stored on the model, because hooks are given nothing else.
     model.corrsteer_blocks = path
 
 

@@ -71,7 +71,7 @@ def add_gemma_scope_2(hub: Hub, name: str, folders: Sequence[str], d_in: int = 6
             "affine_connection": False,
             "type": "sae",
         }
-        (repository / folder / "config.json").write_text(json.dumps(config))
+        (repository / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(weights, repository / folder / "params.safetensors")
     return repository
 
@@ -104,7 +104,7 @@ def add_llama_scope(hub: Hub, name: str, folders: Sequence[str], d_in: int = 64,
             "top_k": 50,
         }
         (repository / folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (repository / folder / "hyperparams.json").write_text(json.dumps(config))
+        (repository / folder / "hyperparams.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(weights, repository / folder / "checkpoints" / "final.safetensors")
     return repository
 
@@ -166,8 +166,12 @@ def add_sae_lens(
                 sae.threshold.fill_(THRESHOLD)
         _, config = sae.save_model(repository / folder)
         if old:
-            kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "metadata"}
-            config.write_text(json.dumps({**kept, "hook_point": hook, "activation_fn_str": "relu"}))
+            kept = {
+                name: value
+                for name, value in json.loads(config.read_text(encoding="utf-8")).items()
+                if name != "metadata"
+            }
+            config.write_text(json.dumps({**kept, "hook_point": hook, "activation_fn_str": "relu"}), encoding="utf-8")
     return repository
 
 

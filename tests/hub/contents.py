@@ -37,7 +37,9 @@ def add_dataset(hub: Hub, name: str, configs: Mapping[str, Mapping[str, Sequence
             pq.write_table(table, folder / path)
             data_files.append({"split": split, "path": path})
         described.append({"config_name": config, "data_files": data_files})
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n\n# {name}\n")
+    (folder / "README.md").write_text(
+        f"---\n{yaml.safe_dump({'configs': described})}---\n\n# {name}\n", encoding="utf-8"
+    )
     return folder
 
 

@@ -31,13 +31,13 @@ def batch_of(llm, count=40):
 def moved(folder, shift=0, kind="resid_post", source=demo.SAES):
     """The shipped SAEs, declaring other layers or sites than they were trained on."""
     for config in source.glob("**/cfg.json"):
-        settings = json.loads(config.read_text())
+        settings = json.loads(config.read_text(encoding="utf-8"))
         layer = int(settings["metadata"]["hook_name"].split(".")[1]) + shift
         if 0 <= layer < 4:
             settings["metadata"]["hook_name"] = f"blocks.{layer}.hook_{kind}"
             target = folder / f"layer{layer}"
             shutil.copytree(config.parent, target)
-            (target / "cfg.json").write_text(json.dumps(settings))
+            (target / "cfg.json").write_text(json.dumps(settings), encoding="utf-8")
     return str(folder)
 
 
@@ -98,7 +98,7 @@ def test_a_fit_stops_warns_or_does_not_look(tmp_path):
 def test_off_needs_no_quotes_in_a_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saes = moved(tmp_path / "saes", 1)
-    (tmp_path / "off.yaml").write_text(f"model: {{llm: demo, saes: {saes}, check_alignment: off}}\n")
+    (tmp_path / "off.yaml").write_text(f"model: {{llm: demo, saes: {saes}, check_alignment: off}}\n", encoding="utf-8")
     sizes = ["--data.train_size=64", "--data.val_size=10", "--trainer.enable_progress_bar=false"]
     assert main(["fit", "--config", "off.yaml", *sizes]) == 0
     assert CorrSteer("demo", "demo", check_alignment=False).hparams["check_alignment"] == "off"

@@ -90,7 +90,7 @@ def test_what_goes_on_reads_as_if_nothing_had_left(tiny, branches):
         with torch.no_grad(), variants.attached(tiny.model, run):
             for step, some in enumerate(tokens):
                 if leaves and step == 3:
-                    order = run.keep(running)
+                    order = run.drop_ended(running)
                 found.append(run.forward(some.flatten()[order]).flatten(0, 1))
         return torch.stack(found[3:], 1), order.flatten()
 

@@ -35,15 +35,16 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
         f"model: {{llm: {STORIES}, saes: saes}}\n"
         "data: {task: generic, path: starts.jsonl, train_size: 300, val_size: 60, test_size: 100, task_args: "
         "{prompt: '{text}', first_words: 10, gold: '\"', reward: contains, max_new_tokens: 24}}\n"
-        "trainer: {enable_progress_bar: false}\n"
+        "trainer: {enable_progress_bar: false}\n",
+        encoding="utf-8",
     )
     cli("fit", "--config", "stories.yaml", cwd=tmp_path)
     cli("test", "--ckpt_path", "checkpoints/stories/last.ckpt", cwd=tmp_path)
-    selection = json.loads((tmp_path / "checkpoints/stories/selection.json").read_text())
+    selection = json.loads((tmp_path / "checkpoints/stories/selection.json").read_text(encoding="utf-8"))
     assert selection["samples"] == 300
     assert 0 < selection["reward"] < 1
     assert max(f["correlation"] for f in selection["candidates"]) > selection["null_max_correlation"]
-    metrics = json.loads((tmp_path / "checkpoints/stories/test/generic/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "checkpoints/stories/test/generic/metrics.json").read_text(encoding="utf-8"))
     assert metrics["n"] == 100
     assert bool(selection["features"]) == (metrics["changed"] > 0)
 
@@ -54,7 +55,7 @@ def test_real_mmlu_rows_run_through(tmp_path):
     sizes = ["--data.train_size=200", "--data.val_size=40", "--data.test_size=200"]
     cli("fit", "--config", "mmlu_rows.yaml", f"--data.path={MMLU}", *sizes, QUIET, cwd=tmp_path)
     cli("test", "--ckpt_path", "checkpoints/mmlu_rows/last.ckpt", QUIET, cwd=tmp_path)
-    metrics = json.loads((tmp_path / "checkpoints/mmlu_rows/test/choice/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "checkpoints/mmlu_rows/test/choice/metrics.json").read_text(encoding="utf-8"))
     assert metrics["n"] == 200
     # Chance is a quarter; four standard deviations of 200 guesses are 12 points.
     assert 0.13 < metrics["reward_baseline"] < 0.37, "the model knows a made-up village and nothing else"

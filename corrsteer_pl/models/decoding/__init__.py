@@ -1,1 +1,1 @@
-"""Greedy decoding: from one prefill, in branches or rows, with or without an intervention."""
+"""Greedy decoding from one prefill, in branches or rows, with or without an intervention."""

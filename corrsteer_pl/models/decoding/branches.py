@@ -1,7 +1,7 @@
-"""Generations that go on together: as branches of one sequence per prompt, or as rows of a batch.
+"""Generations that share forward passes: as branches of one sequence per prompt, or as rows of a batch.
 
-In a forward pass over branches every prompt stands once, with one new token per branch. A mask lets each branch see
-the prompt and its own tokens alone, so a branch costs its new tokens and no memory for its prompt.
+With branches, a forward pass has one row per prompt and one new token per branch. The attention mask lets each branch
+attend to the prompt and to its own tokens only, so that a branch costs its new tokens and no memory for its prompt.
 """
 
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from corrsteer_pl.models.llm import LanguageModel, positions_of
 
 
 class Run(Protocol):
-    """Generations that go on together, each at its place in a chunk of tokens.
+    """Generations that share forward passes, each at its place ``(row, column)`` of the new tokens.
 
     Attributes:
         variant: Which variant stands at each place, ``(rows or 1, places of a row)``.
@@ -26,20 +26,20 @@ class Run(Protocol):
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token at every place, ``(rows, places)``; the logits ``(..., vocabulary)`` after it."""
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the generations that are ``running (rows, places)``, in fewer places.
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop generations that have ended and go on with those that are ``running (rows, places)``, in fewer places.
 
         Returns:
-            Where those that stand at the new places stood before, counted along rows and then places.
+            The old place of each new one, as an index into the flattened old places.
         """
 
 
 class Branches:
-    """K branches of every prompt; a place is a branch.
+    """K branches of every prompt; the columns are the branches.
 
     Args:
         llm: The model.
-        cache: Keys and values of every prompt token but the last; what other branches added to it is forgotten.
+        cache: Keys and values of every prompt token but the last; tokens that earlier branches appended are removed.
         attention_mask: ``(batch, prompt)``, 0 on padding.
         count: Number of branches K.
     """
@@ -47,9 +47,9 @@ class Branches:
     def __init__(self, llm: LanguageModel, cache: FullCache, attention_mask: Tensor, count: int) -> None:
         self.llm, self.cache = llm, cache
         cache.rewind(attention_mask.shape[1] - 1)
-        self.visible = attention_mask[:, None, :-1].bool().expand(-1, count, -1)  # of every key, (B, K, P - 1)
+        self.visible = attention_mask[:, None, :-1].bool().expand(-1, count, -1)  # per key, (B, K, P - 1)
         positions = positions_of(attention_mask)
-        self.positions = positions[:, :-1]  # of every key, (B, P - 1) and K more at each step
+        self.positions = positions[:, :-1]  # per key, (B, P - 1) and K more at each step
         self.next = positions[:, -1:]  # (B, 1)
         self.variant = torch.arange(count, device=positions.device).unsqueeze(0)
 
@@ -60,15 +60,15 @@ class Branches:
         own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.visible = torch.cat([self.visible, own], dim=-1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        logits = self.llm.forward(tokens, self._mask(), positions, self.cache, keep=count)
+        logits = self.llm.forward(tokens, self._mask(), positions, self.cache, last=count)
         self.next = self.next + 1
         return logits
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the samples and the branches that are running; a sample with few fills up with ended ones."""
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop samples and branches that have ended; a sample with few running branches keeps ended ones as filling."""
         rows = running.any(1).nonzero()[:, 0]
         running, count = running[rows], running.shape[1]
-        # Those that run come first, in their order.
+        # Running branches first, in their order.
         places = running.int().argsort(dim=1, descending=True, stable=True)[:, : int(running.sum(1).max())]
         keys = self.visible.shape[-1]
         self.cache = self.cache.picked(rows)
@@ -78,7 +78,7 @@ class Branches:
         return rows.unsqueeze(1) * count + places
 
     def _mask(self) -> Any:
-        """As the model takes it: one for all layers, or one for each kind of layer."""
+        """The mask that the model takes: one for all layers, or one for each kind of layer."""
         config = self.llm.config
         window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
         full = _additive(self.visible, self.llm)
@@ -89,16 +89,16 @@ class Branches:
         return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
 
-class Rows:
-    """Generations that are rows of a batch; a row has one place.
+class BatchRows:
+    """Generations that are rows of a batch, with one column.
 
     Args:
         llm: The model.
         cache: Keys and values of every prompt token but the last, which is written to.
         attention_mask: ``(rows, prompt)``, 0 on padding.
         variants: How many rows there are of each prompt, side by side.
-        additive: Whether masks are additive ones, ``(rows, 1, 1, keys)``: transformers looks at the values of others at
-            each step, for which a GPU would have to be waited for.
+        additive: Whether masks are additive ones, ``(rows, 1, 1, keys)``: with others, transformers checks their values
+            at each step, which forces a GPU sync.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class Rows:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits
 
-    def keep(self, running: Tensor) -> Tensor:
-        """Go on with the rows that are running."""
+    def drop_ended(self, running: Tensor) -> Tensor:
+        """Drop the rows that have ended."""
         rows = running[:, 0].nonzero()[:, 0]
         self.cache = picked(self.cache, rows)
         self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
@@ -135,7 +135,10 @@ class Rows:
 
 
 def _additive(visible: Tensor, llm: LanguageModel) -> Tensor:
-    """A mask ``(batch, 1, places, keys)`` to add to the scores of attention, of what each place sees."""
-    dtype = llm.model.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)
+    """A mask ``(batch, 1, places, keys)`` that is added to attention scores: 0 where visible, else minus infinity.
+
+    Minus infinity gives a weight of exactly 0 whatever the finite score; the lowest finite number would not. Every
+    place sees itself, so that no row is masked entirely.
+    """
+    mask = torch.zeros(visible.shape, dtype=llm.model.dtype, device=visible.device)
+    return mask.masked_fill(~visible, -torch.inf).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Keys and values of what was read, written where there is room instead of copied at every step."""
+"""A KV cache that is allocated ahead, instead of copied at every step."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# Tokens for which a cache has room when it begins, unless told otherwise.
+# Tokens that a cache allocates ahead by default.
 ROOM = 32
 
 
 class FullCache(DynamicCache):
-    """A cache that keeps every token, also in layers with a sliding window, which the masks see to.
+    """A cache that keeps every token, also in layers with a sliding window; the masks hide those outside it.
 
-    A step of decoding costs its own keys and values, where transformers' cache copies all of them at each step.
+    A decoding step writes its own keys and values only; transformers' cache copies all of them at each step.
 
     Args:
-        room: Tokens for which there is room behind the first ones.
+        room: Tokens to allocate ahead.
     """
 
     def __init__(self, room: int = ROOM) -> None:
@@ -41,18 +41,18 @@ class FullCache(DynamicCache):
         return [(layer.keys, layer.values) for layer in layers]
 
     def picked(self, rows: Tensor) -> "FullCache":
-        """Rows of this cache, in any number and order, as another one."""
+        """A new cache with the given rows, in any number and order."""
         return FullCache(self.room).fill((keys[rows], values[rows]) for keys, values in self.pairs)
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first ``length``."""
+        """Remove all tokens but the first ``length``."""
         layers: Any = self.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 class _RoomyLayer(DynamicLayer):
-    """One layer's keys and values, which are the beginnings of larger tensors."""
+    """One layer's keys and values, stored as views of the beginnings of larger tensors."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Rows of a cache, in any number and order; the cache itself stays as it is."""
+    """A new cache with the given rows of one, in any number and order."""
     if isinstance(cache, FullCache):
         return cache.picked(rows)
     own = copy.deepcopy(cache)

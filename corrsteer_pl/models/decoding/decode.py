@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from corrsteer_pl.models.decoding.branches import Branches, Rows, Run
+from corrsteer_pl.models.decoding.branches import BatchRows, Branches, Run
 from corrsteer_pl.models.decoding.cache import ROOM, FullCache, joined, picked
 from corrsteer_pl.models.decoding.prefix import SharedPrefix
-from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, require_rows
+from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, overflow, require_rows
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
-# Bytes that the variants of a forward pass may take, beside the model: so many, or this share of a GPU's memory.
+# Memory that the variants of a forward pass may take, beside the model: bytes, or the share of a GPU's memory.
 BUDGET, SHARE = 2**30, 1 / 16
-# Prompt tokens in one forward pass on a CPU; with more, activations leave its caches and each token takes longer.
+# Prompt tokens in one forward pass on a CPU; with more, activations no longer fit its caches and each costs more.
 CPU_TOKENS = 1400
-# Tokens that the branches of a prompt may come to.
+# Largest number of generated tokens of all branches of a prompt.
 BRANCH_TOKENS = 2048
-# An accelerator has to be waited for to see which generations have ended, a CPU has not.
+# Checking which generations have ended forces a GPU sync, so it is done every 8 steps there, and at each on a CPU.
 LOOK_EVERY = 8
-# Places are given up when no more than this share of them is still needed.
+# Ended generations are dropped when no more than this share of the places is still running.
 NEEDED = 0.75
 
 
@@ -37,28 +37,42 @@ class Prompts(Protocol):
 
 
 class Intervention(Protocol):
-    """Variants of a change to the model, applied to a batch in which they stand side by side for every sample."""
+    """Variants of a change to the model, applied to a batch that has, for every sample, one row per variant."""
 
     @property
     def changes_prompt(self) -> bool:
-        """Whether the prompt's keys and values depend on the variant, so that no cache can be shared."""
+        """Whether the prompt's keys and values depend on the variant, so that variants cannot share a prefill."""
+
+    @property
+    def most_together(self) -> int | None:
+        """How many variants can share a forward pass: None for any number, 1 for an edited weight or an adapter."""
+
+    def described(self, variant: int) -> str | None:
+        """What a variant does, as the subject of a sentence; None if it leaves the model as it is."""
 
     def __len__(self) -> int:
         """Number of variants."""
 
     def attached(self, model: nn.Module, run: Run | None = None) -> AbstractContextManager:
-        """Apply the variants within the context, at the places of ``run``, or side by side in rows of the batch."""
+        """Apply variant ``run.variant`` at each place within the context, or to row ``i`` variant ``i % len(self)``."""
 
     def groups(self, size: int) -> Iterator[Self]:
-        """The variants in groups of exactly ``size``, the last filled up with the unchanged model."""
+        """The variants in groups of exactly ``size``, the last padded with variants that change nothing."""
 
 
 @dataclass
 class Tokens:
-    """Generated tokens ``(batch, steps)``, of which the first ``lengths (batch,)`` stand before the end of sequence."""
+    """Generated tokens.
+
+    Attributes:
+        ids: ``(batch, steps)``.
+        lengths: How many of them stand before the end of sequence, ``(batch,)``.
+        finite: Whether the logits of every one of them were finite, ``(batch,)`` bool.
+    """
 
     ids: Tensor
     lengths: Tensor
+    finite: Tensor
 
 
 class Decoder:
@@ -101,10 +115,14 @@ class Decoder:
         """Generate unsteered text while ``reader`` pools the activations of every counted step.
 
         Counted are the steps before the one that ends the sequence, and no step that reads BOS.
+
+        Raises:
+            UserError: Activations of the model overflow.
         """
         require_rows(self.llm)
         with reader.attached(self.llm.model) if reader else nullcontext():
             tokens = self._decode(*self._prefill(prompts, reader), reader)
+        self._refuse_overflow(tokens.finite, None)
         return self.llm.decode(tokens.ids, tokens.lengths)
 
     @torch.no_grad()
@@ -122,6 +140,9 @@ class Decoder:
 
         Returns:
             ``texts[variant][sample]``.
+
+        Raises:
+            UserError: Activations of the model overflow under a variant.
         """
         require_rows(self.llm)
         if variants.changes_prompt and not self._warned:
@@ -138,18 +159,37 @@ class Decoder:
     def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
         shared = not variants.changes_prompt
         branches = branches and shared
-        size = self.together(prompts, len(variants), branches)
+        size = self.together(prompts, len(variants), branches, variants.most_together)
         laid, cache = self._prefill(prompts, branches=size if branches else 0) if shared else (prompts, None)
-        # In low precision equal variants stay equal only in forward passes of equal shape.
+        # In low precision rounding depends on the shape of a forward pass, so all groups have to keep the same shape.
         drop = size >= len(variants) or self.llm.model.dtype == torch.float32
-        texts: list[list[str]] = []
-        for group in variants.groups(size):
-            run, tokens = self._in_branches(laid, cache, size) if branches else self._in_rows(group, laid, cache)
-            with group.attached(self.llm.model, run):
-                found = self._until_the_end(run, tokens, drop=drop)
-            flat = self.llm.decode(found.ids, found.lengths)
-            texts += [flat[variant::size] for variant in range(size)]
+        groups = variants.groups(size)
+        texts = [text for group in groups for text in self._continue(group, laid, cache, branches, drop)]
         return texts[: len(variants)]
+
+    def _continue(
+        self, group: Intervention, prompts: Prompts, cache: Any, branches: bool, drop: bool
+    ) -> list[list[str]]:
+        """The texts of each variant of a group, which share every forward pass."""
+        count = len(group)
+        run, tokens = self._in_branches(prompts, cache, count) if branches else self._in_rows(group, prompts, cache)
+        with group.attached(self.llm.model, run):
+            found = self._until_the_end(run, tokens, drop=drop)
+        if branches and not found.finite.all():
+            # Attention gives other branches a weight of 0, but 0 * NaN is NaN. Rows of a batch are independent, so
+            # decoding each variant in its own rows shows which of them overflows.
+            cache.rewind(prompts.input_ids.shape[1] - 1)
+            alone = group.groups(1)
+            return [text for variant in alone for text in self._continue(variant, prompts, cache, False, drop)]
+        self._refuse_overflow(found.finite, group)
+        flat = self.llm.decode(found.ids, found.lengths)
+        return [flat[variant::count] for variant in range(count)]
+
+    def _refuse_overflow(self, finite: Tensor, variants: Intervention | None) -> None:
+        """Raise if logits were not finite, ``(batch * variants,)`` bool, variants side by side."""
+        if not finite.all():
+            variant = int((~finite).nonzero()[0]) % (len(variants) if variants is not None else 1)
+            raise overflow(self.llm, variants.described(variant) if variants is not None else None)
 
     def _in_branches(self, prompts: Prompts, cache: Any, count: int) -> tuple[Run, Tensor]:
         return Branches(self.llm, cache, prompts.attention_mask, count), prompts.input_ids[:, -1:].expand(-1, count)
@@ -164,20 +204,32 @@ class Decoder:
             own = picked(cache, samples.repeat_interleave(count))
         return self._rows(own, repeated, count), repeated.input_ids[:, -1:]
 
-    def _rows(self, cache: DynamicCache, prompts: Prompts, variants: int = 1) -> Rows:
+    def _rows(self, cache: DynamicCache, prompts: Prompts, variants: int = 1) -> BatchRows:
         additive = isinstance(cache, FullCache) and self.llm.attention == "sdpa" and can_branch(self.llm)
-        return Rows(self.llm, cache, prompts.attention_mask, variants, additive)
+        return BatchRows(self.llm, cache, prompts.attention_mask, variants, additive)
 
-    def together(self, prompts: Prompts, count: int, branches: bool = False) -> int:
-        """How many of ``count`` variants share a forward pass, as equally many in each as may be."""
+    def together(self, prompts: Prompts, count: int, branches: bool = False, most_together: int | None = None) -> int:
+        """How many of ``count`` variants share a forward pass; passes are as equal in size as possible.
+
+        Args:
+            prompts: The prompts.
+            count: Number of variants.
+            branches: Whether they are branches of one sequence per prompt, or rows.
+            most_together: The most that the intervention allows; None for any number.
+        """
         size = self.candidate_batch_size
         most = size if isinstance(size, int) else self._affordable(prompts, branches)
+        most = min(most, most_together or most)
         return -(-count // -(-count // most))
+
+    def groups(self, prompts: Prompts, variants: Intervention) -> Iterator[Intervention]:
+        """The variants in groups that :meth:`read` can read at once; the last is padded with the unchanged model."""
+        yield from variants.groups(self.together(prompts, len(variants), most_together=variants.most_together))
 
     def _affordable(self, prompts: Prompts, branches: bool) -> int:
         """How many variants the memory budget allows."""
         most = budget(self.llm.device) // self.size_of_variant(prompts, branches)
-        # Every branch attends to the tokens of all branches, only to leave them out.
+        # Attention is computed between all branches of a prompt before the mask removes it, at quadratic cost.
         return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
 
     def size_of_variant(self, prompts: Prompts, branches: bool) -> int:
@@ -189,14 +241,27 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, prompts: Prompts, reader: PoolReader, variants: Intervention | None = None) -> None:
-        """Read texts, each under every variant side by side, while ``reader`` pools the activations of their tokens."""
+        """Read texts, each under every variant side by side, while ``reader`` pools the activations of their tokens.
+
+        Args:
+            prompts: The texts.
+            reader: What pools; its samples are the texts, each repeated for every variant.
+            variants: One of :meth:`groups`.
+
+        Raises:
+            UserError: Activations of the model overflow.
+            ValueError: There are more variants than can share a forward pass.
+        """
         if variants is not None:
+            if len(variants) > (variants.most_together or len(variants)):
+                raise ValueError(f"{len(variants)} variants cannot share a forward pass; read the groups of groups()")
             prompts = _repeated(prompts, len(variants))
         ids, mask = prompts.input_ids, prompts.attention_mask
-        # What is read comes after what is changed.
+        # The reader is attached last, so that it reads what the intervention has changed.
         with variants.attached(self.llm.model) if variants else nullcontext(), reader.attached(self.llm.model):
-            self.llm.forward(ids, mask, positions_of(mask))
+            logits = self.llm.forward(ids, mask, positions_of(mask))
             reader.read_text(mask.bool() & self.llm.is_text(ids))
+        self._refuse_overflow(logits.amax(-1).isfinite().flatten(), variants)
 
     def _until_the_end(self, run: Run, tokens: Tensor, reader: PoolReader | None = None, drop: bool = True) -> Tokens:
         """Choose tokens until every generation has ended, or is long enough.
@@ -204,19 +269,22 @@ class Decoder:
         Args:
             run: What reads one more token of every generation.
             tokens: The last of each prompt at every place, ``(rows, places)``.
-            reader: Takes in every step, in rows.
+            reader: Pools every step, in rows.
             drop: Whether generations that have ended may leave the forward passes, which changes their shape.
         """
         place = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)  # which generation stands where
         ids = tokens.new_zeros(tokens.numel(), self.max_new_tokens)
         lengths = tokens.new_zeros(tokens.numel())
         running = torch.ones_like(tokens, dtype=torch.bool)
+        finite = torch.ones_like(lengths, dtype=torch.bool)
         for step in range(self.max_new_tokens):
-            chosen = self._choose(run.forward(tokens))  # (rows, places)
+            chosen, is_finite = self._choose(run.forward(tokens))  # (rows, places)
+            # Overflow after the end of a generation does not concern its text.
+            finite[place] = finite[place] & (is_finite | ~running)
             running = running & ~torch.isin(chosen, self.end)
             if reader:
                 text = self.llm.is_text(tokens)
-                # The first step reads the last prompt token, which is text whatever follows.
+                # The first step reads the last prompt token, which counts as text even if the generation ends there.
                 reader.read_step((running & text)[:, 0], (running & text if step else text)[:, 0], place[:, 0])
             ids[place, step] = chosen
             lengths[place] += running
@@ -226,9 +294,9 @@ class Decoder:
                 if left == 0:
                     break
                 if drop and left <= NEEDED * running.numel():
-                    order = run.keep(running)
+                    order = run.drop_ended(running)
                     tokens, place, running = (at.flatten()[order] for at in (tokens, place, running))
-        return Tokens(ids[:, : step + 1], lengths)
+        return Tokens(ids[:, : step + 1], lengths, finite)
 
     def _prefill(
         self, prompts: Prompts, reader: PoolReader | None = None, branches: int = 0, share: bool = True
@@ -237,16 +305,16 @@ class Decoder:
 
         Args:
             prompts: The prompts.
-            reader: Takes in the prompt's tokens, if it reads them.
+            reader: Pools the prompt's tokens, if it reads them.
             branches: How many branches of a prompt will share the cache; then it keeps every token.
-            share: Whether to take over what earlier prompts began with.
+            share: Whether to reuse the prefix that earlier prompts share.
 
         Returns:
-            The prompts, their padding perhaps elsewhere, and the cache.
+            The prompts, whose padding may have moved behind a shared prefix, and the cache.
         """
         ids, mask = prompts.input_ids, prompts.attention_mask
         cache = self._empty_cache(prompts, branches)
-        # A sliding window counts the places that the mask leaves out, so that nothing may stand between.
+        # Sliding windows also count masked places, so that padding behind the prefix would shorten them.
         share = share and self._fits_window(prompts) and not (reader and reader.reads_prompt)
         if share and isinstance(cache, FullCache) and can_leave_out(self.llm):
             mask = self._prefix.lay(ids, mask, cache)
@@ -290,14 +358,17 @@ class Decoder:
     def _decode(self, prompts: Prompts, cache: Any, reader: PoolReader | None = None) -> Tokens:
         return self._until_the_end(self._rows(cache, prompts), prompts.input_ids[:, -1:], reader)
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        if self.allowed is None:
-            return logits.argmax(-1)
-        return self.allowed[logits[..., self.allowed].argmax(-1)]
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token, and whether its logit is finite: it is NaN if any is."""
+        logits = logits if self.allowed is None else logits[..., self.allowed]
+        chosen = logits.argmax(-1, keepdim=True)
+        is_finite = logits.gather(-1, chosen).squeeze(-1).isfinite()
+        chosen = chosen.squeeze(-1)
+        return chosen if self.allowed is None else self.allowed[chosen], is_finite
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that variants may take; the same for the same device, however full it is, so that runs can be repeated."""
+    """Bytes that variants may take: independent of how full the device is, so that runs are reproducible."""
     if device.type != "cuda":
         return BUDGET
     return max(BUDGET, int(SHARE * torch.cuda.get_device_properties(device).total_memory))
@@ -310,6 +381,6 @@ class _Prompts:
 
 
 def _repeated(prompts: Prompts, copies: int) -> Prompts:
-    """A batch in which every sample stands ``copies`` times, side by side."""
+    """A batch with every sample repeated ``copies`` times, in adjacent rows."""
     ids, mask = prompts.input_ids, prompts.attention_mask
     return _Prompts(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))

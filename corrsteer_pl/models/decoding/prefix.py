@@ -1,4 +1,4 @@
-"""Tokens that prompts begin with, few-shot examples for instance, are read once by each decoder."""
+"""A prefix that prompts share, few-shot examples for instance, is read once by each decoder."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from corrsteer_pl.models.decoding.cache import FullCache
 
-# A shorter prefix is not worth the bookkeeping.
+# Shortest prefix that is shared, in tokens.
 SHORTEST = 16
 
 
 class SharedPrefix:
-    """What the first prompts that share enough begin with, with its keys and values.
+    """The prefix of the first prompts that share enough, with its keys and values.
 
     Args:
         read: Makes the cache of tokens ``(1, n)``.
@@ -25,9 +25,9 @@ class SharedPrefix:
         self._cache: FullCache | None = None
 
     def lay(self, ids: Tensor, mask: Tensor, cache: FullCache) -> Tensor:
-        """Put as much of the prefix as they share before all of a batch, with keys and values in an empty cache.
+        """Fill an empty cache with the part of the prefix that all prompts of a batch share.
 
-        Padding moves from the left to behind the prefix, in the mask alone: what stands at those places is unseen.
+        In the mask, padding moves from the left to behind the prefix; input ids stay as they are.
 
         Shape:
             - ids, mask: ``(batch, longest)``, padded on the left.
@@ -37,7 +37,7 @@ class SharedPrefix:
             little.
         """
         prompts = [row[-kept:-1] for row, kept in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
-        # A prompt that comes alone is compared with the one before.
+        # A batch of one prompt is compared with the prompt before it.
         others = [self._tokens] if self._cache else self._last if len(prompts) == 1 else []
         self._last = prompts[-1:]
         length = _common_length([*others, *prompts]) if len(others) + len(prompts) > 1 else 0
@@ -55,7 +55,7 @@ class SharedPrefix:
 
 
 def _common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of them begin with."""
+    """Length of the longest prefix that all prompts share."""
     length = 0
     for tokens in zip(*prompts, strict=False):
         if len(set(tokens)) > 1:

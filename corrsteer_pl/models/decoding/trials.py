@@ -1,4 +1,4 @@
-"""What a model can do, tried once on a few tokens instead of believed."""
+"""Tests, run once per model on a few tokens, of whether it supports the ways of decoding used here."""
 
 from collections.abc import Callable
 
@@ -7,31 +7,31 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.decoding.branches import Branches, Rows
+from corrsteer_pl.models.decoding.branches import BatchRows, Branches
 from corrsteer_pl.models.decoding.cache import FullCache, picked
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
-# What models raise at caches and masks that they do not know.
+# Raised by models that do not support a kind of cache or mask.
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError)
-# Tokens of a trial, and places that are left out between them.
+# Tokens of a trial, and masked places between them.
 TOKENS, GAP = 8, 32
 
 
 def can_branch(llm: LanguageModel) -> bool:
-    """Whether branches of a prompt say what their tokens say by themselves."""
+    """Whether branches of a prompt give the logits that their tokens give in a sequence of their own."""
     return _tried("branches", llm, lambda ids: llm.sees_by_mask and _branches_agree(llm, ids))
 
 
 def can_leave_out(llm: LanguageModel) -> bool:
-    """Whether tokens say the same if others stand between them, unseen."""
+    """Whether masked tokens in the middle of a sequence leave its logits unchanged."""
     return _tried("gaps", llm, lambda ids: llm.sees_by_mask and _gaps_agree(llm, ids))
 
 
 def require_rows(llm: LanguageModel) -> None:
-    """See to it that rows of the model's cache go on as they would have.
+    """Check that rows of the model's cache can be repeated and selected.
 
     Raises:
-        UserError: They do not, so that nothing could be compared.
+        UserError: They cannot, so that variants could not be compared.
     """
     if not _tried("rows", llm, lambda ids: _rows_agree(llm, ids)):
         raise UserError(
@@ -40,9 +40,28 @@ def require_rows(llm: LanguageModel) -> None:
         )
 
 
+def overflow(llm: LanguageModel, cause: str | None = None) -> UserError:
+    """The error for logits that are not finite, among which no token is the likeliest.
+
+    Args:
+        llm: The model.
+        cause: What was done to it, as the subject of a sentence; None for nothing.
+    """
+    dtype = str(llm.model.dtype).removeprefix("torch.")
+    if cause is None:
+        return UserError(
+            f"the activations of {llm.name} overflow in {dtype} without any change to the model, so its answers mean "
+            "nothing. Set model.dtype to bfloat16 or float32."
+        )
+    return UserError(
+        f"{cause} makes the activations of {llm.name} overflow in {dtype}, so its answers mean nothing. "
+        "Lower model.scale."
+    )
+
+
 def _tried(ability: str, llm: LanguageModel, trial: Callable[[Tensor], bool]) -> bool:
     if ability not in llm.abilities:
-        # Different tokens, from the middle of the vocabulary, where they are text.
+        # Distinct tokens from the middle of the vocabulary, which has no special tokens.
         size = llm.config.vocab_size
         ids = (size // 2 + torch.arange(2 * TOKENS, device=llm.device).view(2, TOKENS)) % size
         with torch.no_grad():
@@ -74,7 +93,7 @@ def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
     cache = DynamicCache(config=llm.config)
     mask, rows = torch.ones_like(ids), torch.arange(len(ids), device=ids.device).flip(0).repeat(2)
     llm.forward(ids[:, :-2], mask[:, :-2], positions_of(mask[:, :-2]), cache)
-    run = Rows(llm, picked(cache, rows), mask[rows, :-1])
+    run = BatchRows(llm, picked(cache, rows), mask[rows, :-1])
     run.forward(ids[rows, -2:-1])
     return _close(run.forward(ids[rows, -1:])[:, 0], _at_once(llm, ids)[rows])
 
@@ -82,11 +101,14 @@ def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
 def _at_once(llm: LanguageModel, ids: Tensor) -> Tensor:
     """Logits ``(batch, vocabulary)`` after tokens that are read in one pass without a cache."""
     mask = torch.ones_like(ids)
-    return llm.forward(ids, mask, positions_of(mask))[:, -1]
+    logits = llm.forward(ids, mask, positions_of(mask))[:, -1]
+    if not logits.amax(-1).isfinite().all():
+        raise overflow(llm)
+    return logits
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding, which in low precision is coarse; what is wrong is wrong by more."""
+    """Whether logits agree up to rounding; in low precision, up to their standard deviation."""
     if expected.dtype == torch.float32:
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     return bool((found - expected).abs().max() < expected.float().std())
