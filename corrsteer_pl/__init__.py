@@ -8,12 +8,29 @@ What is where:
     evaluation: paired comparison and reports.
 """
 
-from corrsteer_pl.data import TaskDataModule
-from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.selection import Feature, Selection
-from corrsteer_pl.tasks import Example, Task
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from corrsteer_pl.version import __version__
+
+if TYPE_CHECKING:
+    from corrsteer_pl.data import TaskDataModule
+    from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+    from corrsteer_pl.methods.corrsteer import CorrSteer
+    from corrsteer_pl.selection import Feature, Selection
+    from corrsteer_pl.tasks import Example, Task
+
+# Where each public name is. They are imported when they are asked for, so that `--help` need not import torch.
+_PLACES = {
+    "CorrSteer": "methods.corrsteer",
+    "Example": "tasks",
+    "Feature": "selection",
+    "Schedule": "interventions.steering",
+    "Selection": "selection",
+    "SteeringVectors": "interventions.steering",
+    "Task": "tasks",
+    "TaskDataModule": "data",
+}
 
 __all__ = [
     "CorrSteer",
@@ -26,3 +43,13 @@ __all__ = [
     "TaskDataModule",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,7 +2,7 @@
 
 import sys
 
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-from pyarrow import ArrowException
-
 from corrsteer_pl.errors import UserError, choices, one_line
+
+# The checkpoint of a run.
+LAST = "last.ckpt"
 
 
 def exists(path: str) -> bool:
@@ -89,7 +89,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} cannot be read ({one_line(error.strerror or error)}). Set data.path to a readable file."
         ) from error
-    except (ValueError, OverflowError, csv.Error, ArrowException) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise UserError(f"{path} is no valid {path.suffix[1:]} file ({one_line(error)}).") from error
 
 
@@ -153,7 +153,14 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    return pyarrow.parquet.read_table(path).to_pylist()
+    # Not needed by most runs, and slow to import.
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

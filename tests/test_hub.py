@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from corrsteer_pl import TaskDataModule
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.hub import HTTP_ERROR, reason
 from corrsteer_pl.models.alignment import alignments

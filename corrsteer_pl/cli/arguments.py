@@ -1,37 +1,30 @@
-"""What a user gives on the command line, in configuration files and in a checkpoint, and which of them prevails."""
+"""What a user gives on the command line and in configuration files, and which of it prevails."""
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from corrsteer_pl.errors import UserError, choices, nearest, one_line
-from corrsteer_pl.files import absolute
-from corrsteer_pl.methods.run_files import LAST
+from corrsteer_pl.files import LAST
+from corrsteer_pl.methods.registry import DEFAULT
+from corrsteer_pl.options import import_paths
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+STAGES = ("fit", "validate", "test", "predict")
+# Options that hold options, which stand below a common prefix.
+PARTS = ("model", "data", "trainer", "results")
 RUNS = Path("checkpoints")
 # In an installed package the configurations lie inside it, in a clone beside it.
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 # Options that hold options by name.
 NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args")
-# Options whose value the tag of a test names when it is not the checkpoint's.
-TAGGED = {
-    "model": ("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
-    "data": (
-        "path", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size", "chat_template",
-        "shots", "restrict", "reverse", "seed",
-    ),
-    "trainer": ("limit_test_batches", "limit_predict_batches"),
-}  # fmt: skip
+CODE = "model.llm_args.trust_remote_code"
+FLAGS = ("-h", "--help", "--print_config")
 
 
 def with_found_configs(args: Sequence[str]) -> list[str]:
@@ -71,52 +64,95 @@ def _find_config(name: str) -> str:
     )
 
 
-def with_checkpoint(args: Sequence[str]) -> list[str]:
+def _spelt(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of options, given as ``--name value``, ``--name=value`` or, for lists, ``--name+=value``."""
+    arguments = iter(args[1:])
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in FLAGS or not name.startswith("-"):
+            continue
+        yield name.removeprefix("--").removesuffix("+"), value if equals else next(arguments, "")
+
+
+def given_options(args: Sequence[str]) -> dict[str, Any]:
+    """What the user set in configuration files and on the command line, by dotted name.
+
+    A whole part may be given as a file or as JSON, ``--model model.yaml``. Values of the command line are text.
+
+    Raises:
+        UserError: A configuration cannot be read.
+    """
+    given: dict[str, Any] = {}
+    for name, value in _spelt(args):
+        if name in ("config", "-c"):
+            given |= flatten(_read_config(value)) | {"configs": [*given.get("configs", []), Path(value).stem]}
+        elif name in PARTS and value:
+            given |= flatten({name: _read_config(value)})
+        elif name in NESTED:
+            given |= flatten({name: parsed(value)}) or {name: value}
+        else:
+            given[name] = value
+    return given
+
+
+def given_method(args: Sequence[str]) -> str:
+    """The method that the user names, or else the default one."""
+    return str(given_options(args).get("method", DEFAULT))
+
+
+def with_checkpoint(args: Sequence[str], given: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Let a checkpoint's own settings come before, and so below, all that the user gave.
 
     The order of precedence is: defaults, checkpoint, configuration files, command line. When the user names
     another task, the checkpoint's data settings do not apply: the result is a transfer.
 
+    Args:
+        args: The command and its arguments.
+        given: What :func:`given_options` says of them.
+        settings: The options ``model`` and ``data`` of the checkpoint.
+
     Raises:
-        UserError: The checkpoint is missing or cannot be read, or none is given where one is needed.
+        UserError: The checkpoint would run code that the user has not named.
     """
-    if not args or args[0] not in SUBCOMMANDS or {"-h", "--help", "--print_config"} & set(args):
-        return list(args)
-    command, given = args[0], given_options(args)
+    refuse_code(settings, given)
+    path = str(checkpoint_path(args[0], given))
+    args = _replace_values(args, ("--ckpt_path",), lambda _: path)
+    first = {**settings, "trainer": {"default_root_dir": str(Path(path).parent)}}
+    return [args[0], "--config", json.dumps(first), *args[1:]]
+
+
+def checkpoint_path(command: str, given: dict[str, Any]) -> Path | None:
+    """The checkpoint that a stage starts from; None for a fit from the beginning.
+
+    Raises:
+        UserError: The stage needs one, and none is given.
+    """
     path = given.get("ckpt_path")
     if path is None:
         if command != "fit":
             raise UserError(
                 f"{command} needs the checkpoint of a fit. Give it with --ckpt_path checkpoints/RUN/{LAST}."
             )
-        return list(args)
-    if path == "last":
-        path = str(run_folder(given) / LAST)
-        args = _replace_values(args, ("--ckpt_path",), lambda _: path)
-    settings = read_settings(Path(path))
-    if given.get("data.task", settings["data"].get("task")) != settings["data"].get("task"):
-        settings["data"] = {}
-    settings["trainer"] = {"default_root_dir": str(Path(path).parent)}
-    if command in ("test", "predict"):
-        settings["results"] = {"tag": "-".join(_changed(given, _flatten(settings))) or None}
-    return [command, "--config", json.dumps(settings), *args[1:]]
+        return None
+    return run_folder(given) / LAST if path == "last" else Path(path)
 
 
-def _changed(given: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """What a test has otherwise than its checkpoint, each as it stands in the name of its results."""
-    given = _flatten({key: parsed(value) if key in NESTED else value for key, value in given.items()})
-    tagged = [f"{part}.{name}" for part, names in TAGGED.items() for name in names]
-    keys = [key for option in tagged for key in given if key == option or key.startswith(f"{option}.")]
-    values = {key: absolute(given[key]) if key == "data.path" else given[key] for key in keys}
-    changed = [key for key in keys if parsed(values[key]) != parsed(settings.get(key))]
-    return [f"{key.partition('.')[2]}-{_short(given[key])}" for key in changed]
+def refuse_code(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """See to it that a checkpoint runs no code but what the user names anew.
 
-
-def _short(value: Any) -> str:
-    """A value as part of a file name."""
-    text = str(value)
-    plain = re.sub(r"[^\w.,\[\] -]", "_", Path(text).name if "/" in text else text)[-40:]
-    return plain if plain == text else f"{plain}-{sha256(text.encode()).hexdigest()[:6]}"
+    Raises:
+        UserError: The checkpoint names code of a model's repository, or a task or a reward by an import path.
+    """
+    named: dict[str, Any] = dict(import_paths(settings.get("data", {})))
+    if (settings.get("model", {}).get("llm_args") or {}).get("trust_remote_code"):
+        named[CODE] = True
+    for option, value in named.items():
+        if parsed(given.get(option)) != value:
+            shown = str(value).lower() if value is True else value
+            raise UserError(
+                f"the checkpoint sets {option} to {shown}, which runs code that is not part of corrsteer_pl. If you "
+                f"trust it, give it anew with --{option} {shown}."
+            )
 
 
 def with_whole_dicts(args: Sequence[str]) -> list[str]:
@@ -164,43 +200,6 @@ def parsed(text: Any) -> Any:
         return text
 
 
-def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """The ``model`` and ``data`` options that a checkpoint was made with.
-
-    Raises:
-        UserError: No such file, a damaged one, or one of another program.
-    """
-    if not path.is_file():
-        raise UserError(f"the checkpoint {str(path)!r} does not exist. Give the {LAST} of a fit with --ckpt_path.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Whatever is in the file, it is not a checkpoint; torch.load raises many kinds.
-        raise UserError(
-            f"the checkpoint {str(path)!r} is damaged or none at all. Fit again to make a new one."
-        ) from error
-    if not isinstance(checkpoint, dict) or "corrsteer_pl" not in checkpoint:
-        raise UserError(f"the checkpoint {str(path)!r} was not written by corrsteer_pl. Give the {LAST} of a fit.")
-    names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-    return {
-        name: {k: v for k, v in checkpoint.get(key, {}).items() if not k.startswith("_")} for name, key in names.items()
-    }
-
-
-def given_options(args: Sequence[str]) -> dict[str, Any]:
-    """What the user set in configuration files and on the command line, by dotted name."""
-    given: dict[str, Any] = {}
-    arguments = iter(args[1:])
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        value = value or next(arguments, "")
-        if name in ("--config", "-c"):
-            settings = _read_config(value)
-            given |= _flatten(settings) | {"configs": [*given.get("configs", []), Path(value).stem]}
-        else:
-            given[name.removeprefix("--")] = value
-    return given
-
-
 def _read_config(value: str) -> dict[str, Any]:
     """The options of a configuration file, or of JSON in its place."""
     try:
@@ -210,21 +209,28 @@ def _read_config(value: str) -> dict[str, Any]:
         raise UserError(f"the configuration {value} is no valid YAML ({one_line(error)}).") from error
     if not isinstance(settings, dict):
         raise UserError(f"the configuration {value} holds no options by name. See --print_config for an example.")
+    for part in PARTS:
+        if not isinstance(settings.get(part) or {}, (dict, str)):
+            raise UserError(
+                f"the configuration {value} has a {type(settings[part]).__name__} for {part}, which takes options by "
+                f"name. Write them as {part}: {{name: value}}."
+            )
     return settings
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names; those that are None are left out."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if value is not None:
-            flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+            flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
 def run_folder(given: dict[str, Any]) -> Path:
     """Where a run's results go: named after its configuration files, or else after the task."""
     if "trainer.default_root_dir" in given:
-        return Path(given["trainer.default_root_dir"])
+        return Path(str(given["trainer.default_root_dir"]))
     return RUNS / ("-".join(given.get("configs", [])) or Path(str(given.get("data.task", "demo_qa"))).name)
 
 

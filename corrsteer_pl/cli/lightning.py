@@ -1,99 +1,105 @@
-"""The command line: ``fit``, ``validate``, ``test``, ``predict`` by LightningCLI, ``doctor``, and plain functions."""
+"""Lightning's command line: ``fit``, ``validate``, ``test``, ``predict``, and ``doctor``, which prepares a fit."""
 
 import logging
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from transformers.utils import logging as transformers_logging
 
 from corrsteer_pl.cli.arguments import (
-    SUBCOMMANDS,
+    checkpoint_path,
+    given_method,
     given_options,
     run_folder,
     with_checkpoint,
-    with_found_configs,
     with_whole_dicts,
 )
 from corrsteer_pl.cli.progress import Progress
-from corrsteer_pl.commands.doctor import examine
-from corrsteer_pl.commands.train_saes import train_saes_on
+from corrsteer_pl.cli.tags import tag
 from corrsteer_pl.data import TaskDataModule
-from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import measures_table, metrics_table, show
-from corrsteer_pl.files import check_writable, write_atomically
-from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.files import LAST, check_writable, write_atomically
+from corrsteer_pl.methods.provenance import check_method, read_checkpoint, settings_of
+from corrsteer_pl.methods.registry import method_class
 from corrsteer_pl.methods.run_files import RunFiles
 
-COMMANDS: dict[str, Callable] = {"train_saes": train_saes_on}
+# Trainer options that a test's results are named after.
+LIMITS = ("limit_test_batches", "limit_predict_batches")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake is one sentence on standard error and the exit status 2."""
-    args = list(sys.argv[1:] if args is None else args)
+def run_stage(args: list[str]) -> int:
+    """Run a stage of the Trainer, or ``doctor``; the exit status.
+
+    Raises:
+        UserError: A mistake of the user.
+    """
     quieten_lightning()
+    given = given_options(args)
     try:
-        if args and args[0] in COMMANDS:
-            auto_cli(COMMANDS[args[0]], args=args[1:], as_positional=False, parser_class=_Parser)
-        elif args and args[0] == "doctor":
-            _diagnose(with_found_configs(args))
+        if args[0] == "doctor":
+            _diagnose(args, given)
         else:
-            _check_command(args)
-            args = with_found_configs(args)
-            _Cli(with_whole_dicts(with_checkpoint(args)), given_options(args))
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-        return 2
+            _run(args, given)
     except ValueError as error:
         if "val_check_interval" not in str(error):
             raise
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return 2
+        raise UserError(one_line(error)) from error
     except MisconfigurationException as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return 2
+        raise UserError(one_line(error)) from error
     except SIGTERMException:
         # Lightning ends with status 0, which a job scheduler takes for success.
-        return _stopped(signal.SIGTERM)
+        return _stopped(signal.SIGTERM, given)
     except KeyboardInterrupt:
-        return _stopped(signal.SIGINT)
+        return _stopped(signal.SIGINT, given)
     except SystemExit as end:
         # Lightning's own end after Ctrl-C.
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        return _stopped(signal.SIGINT)
+        return _stopped(signal.SIGINT, given)
     return 0
 
 
-def _stopped(how: signal.Signals) -> int:
-    sys.stderr.write(f"stopped by {how.name}; a fit goes on from its last checkpoint with --ckpt_path last\n")
+def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
+    saved = (run_folder(given) / LAST).is_file()
+    onwards = "a fit goes on from its last checkpoint with --ckpt_path last" if saved else "nothing has been saved yet"
+    sys.stderr.write(f"stopped by {how.name}; {onwards}\n")
     return 128 + how
 
 
-def _check_command(args: Sequence[str]) -> None:
-    known = [*SUBCOMMANDS, "doctor", *COMMANDS]
-    if args and not args[0].startswith("-") and args[0] not in known:
-        raise UserError(f"the command {args[0]!r} is not known; choose one of {choices(known)}.")
+def _run(args: list[str], given: dict[str, Any]) -> None:
+    path = None if "--print_config" in args else checkpoint_path(args[0], given)
+    if path is None:
+        _Cli(given_method(args), with_whole_dicts(args), given)
+        return
+    record, settings = settings_of(read_checkpoint(path))
+    method = str(given.get("method", record.method))
+    check_method(record.method, method)
+    transfer = given.get("data.task", settings["data"].get("task")) != settings["data"].get("task")
+    stored = {**settings, "data": {} if transfer else settings["data"]}
+    _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored)
 
 
-def _diagnose(args: list[str]) -> None:
-    cli = _Cli(with_whole_dicts(args[1:]), given_options(args), run=False)
+def _diagnose(args: list[str], given: dict[str, Any]) -> None:
+    from corrsteer_pl.commands.doctor import examine
+
+    cli = _Cli(given_method(args), with_whole_dicts(args[1:]), given, run=False)
     for item in examine(cli.model, cli.datamodule, cli.trainer):
         show(item)
     show("A fit would start.")
 
 
-class _Parser(LightningArgumentParser):
+class Parser(LightningArgumentParser):
+    """A parser whose complaints are one sentence."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong."""
         raise UserError(f"{one_line(message)} See --help for what is allowed.") from ex
 
 
@@ -111,12 +117,29 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class _Cli(LightningCLI):
-    def __init__(self, args: list[str], given: dict[str, Any], run: bool = True) -> None:
-        self._given = given
+    """LightningCLI for one method.
+
+    Args:
+        method: Its name.
+        args: The command and its arguments, without it for ``run=False``.
+        given: What the user gave.
+        stored: The options ``model`` and ``data`` of the checkpoint, if there is one.
+        run: Whether to run the command.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        args: list[str],
+        given: dict[str, Any],
+        stored: dict[str, Any] | None = None,
+        run: bool = True,
+    ) -> None:
+        self._method, self._given, self._stored = method, given, stored
         super().__init__(
-            CorrSteer,
+            method_class(method),
             TaskDataModule,
-            parser_class=_Parser,
+            parser_class=Parser,
             args=args,
             run=run,
             seed_everything_default=False,
@@ -131,6 +154,7 @@ class _Cli(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--method", type=str, default=self._method, help="What is fitted.")
         parser.add_lightning_class_args(RunFiles, "results")
         parser.set_defaults({"results.every_n_train_steps": 50})
 
@@ -146,10 +170,20 @@ class _Cli(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(run_folder(self._given))
         check_writable(Path(config.trainer.default_root_dir))
+        if self.subcommand in ("test", "predict") and config.results.tag is None:
+            config.results.tag = self._tag(config.as_dict())
         if config.trainer.logger is None:
             config.trainer.logger = fitting and _csv_logger(config.trainer.default_root_dir)
         if "verbose" in config:
             config.verbose = False
+
+    def _tag(self, config: dict[str, Any]) -> str | None:
+        """What the test has otherwise than its fit, or, of another task's data, otherwise than the defaults."""
+        defaults = self._parser(self.subcommand or "").get_defaults().as_dict()
+        stored = {part: {**defaults[part], **(self._stored or {}).get(part, {})} for part in ("model", "data")}
+        options = [f"model.{name}" for name in method_class(self._method).settings.tested]
+        options += [f"data.{name}" for name in TaskDataModule.TESTED] + [f"trainer.{name}" for name in LIMITS]
+        return tag(config, {**stored, "trainer": defaults["trainer"]}, options)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

@@ -106,6 +106,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def settings_of(checkpoint: Mapping[str, Any]) -> tuple[Provenance, dict[str, dict[str, Any]]]:
+    """The record of a checkpoint, and the options ``model`` and ``data`` that it was made with.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+    found = {part: checkpoint.get(key) for part, key in names.items()}
+    if wrong := [part for part, options in found.items() if not isinstance(options, dict)]:
+        raise damaged(f"it has no options of the {wrong[0]}")
+    plain = {part: {k: v for k, v in (some or {}).items() if not k.startswith("_")} for part, some in found.items()}
+    return Provenance.read(checkpoint), plain
+
+
 def check_method(stored: str, own: str) -> None:
     """Refuse the checkpoint of another method.
 

@@ -9,15 +9,24 @@ DEFAULT = "corrsteer"
 METHODS: dict[str, str] = {DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer"}
 
 
-def method_class(name: str) -> Any:
-    """The :class:`~corrsteer_pl.methods.base.Method` of a name.
+def method_path(name: str) -> str:
+    """Where the method of a name is, as ``module:class``.
 
     Raises:
         UserError: There is none of that name.
     """
     if name not in METHODS:
         raise UserError(f"the method {name!r} is not known; choose one of {choices(METHODS)}.")
-    module, _, attribute = METHODS[name].partition(":")
+    return METHODS[name]
+
+
+def method_class(name: str) -> Any:
+    """The :class:`~corrsteer_pl.methods.base.Method` of a name.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    module, _, attribute = method_path(name).partition(":")
     return getattr(import_module(module), attribute)
 
 

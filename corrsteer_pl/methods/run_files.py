@@ -7,9 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import check_writable, write_atomically, write_json, write_jsonl
-
-LAST = "last.ckpt"
+from corrsteer_pl.files import LAST, check_writable, write_atomically, write_json, write_jsonl
 
 
 class RunFiles(Checkpoint):

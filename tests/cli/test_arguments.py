@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from corrsteer_pl.cli.arguments import with_whole_dicts
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.options import check_options
@@ -38,7 +38,7 @@ def test_options_by_name_are_put_together_and_parsed_once(tmp_path):
 
 
 @pytest.mark.parametrize("gold", ["yes", "5", "007", "null", "a: b", "[1]"])
-def test_quoted_text_stays_text_from_configuration_to_checkpoint(gold, tmp_path, monkeypatch):
+def test_quoted_text_stays_text_from_configuration_to_checkpoint(gold, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [{"q": f"Request: sing {i} songs", "a": gold} for i in range(80)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -52,7 +52,12 @@ def test_quoted_text_stays_text_from_configuration_to_checkpoint(gold, tmp_path,
     settings["data"] = {"task": "generic", "path": "rows.jsonl", "task_args": options, "filter": {"a": gold}}
     Path("own.yaml").write_text(yaml.safe_dump(settings))
     assert main(["fit", "--config", "own.yaml", *QUIET]) == 0
-    assert main(["test", "--ckpt_path", "checkpoints/own/last.ckpt", *QUIET]) == 0
+    # A checkpoint runs no code that the user does not name anew.
+    test = ["test", "--ckpt_path", "checkpoints/own/last.ckpt", *QUIET]
+    assert main(test) == 2
+    reward = "--data.task_args.reward tests.cli.test_arguments.half"
+    assert f"sets {reward.split()[0][2:]} to {reward.split()[1]}, which runs code" in capsys.readouterr().err
+    assert main([*test, *reward.split()]) == 0
     for line in read_rows(Path("checkpoints/own/test/generic/outcomes.jsonl")):
         assert line["gold"] == gold
         assert line["prompt"].endswith(": now\nResponse:")

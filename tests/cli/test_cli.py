@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from corrsteer_pl.cli import arguments
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.files import read_rows, write_jsonl
 from tests.conftest import cli
 
@@ -82,7 +82,7 @@ def test_the_command_line_overrules_the_checkpoint(here):
 def test_a_configuration_overrules_the_checkpoint_and_is_overruled(here):
     Path("mine.yaml").write_text("model: {scale: 3.0, positions: prompt_last}\ndata: {test_size: 30}\n")
     assert main(["test", "--config", "mine.yaml", "--ckpt_path", CKPT, "--data.test_size", "10"]) == 0
-    m = metrics("demo_qa-scale-3.0-positions-prompt_last-test_size-10")
+    m = metrics("demo_qa-scale-3-positions-prompt_last-test_size-10")
     assert (m["scale"], m["n"]) == (3.0, 10)
 
 

@@ -24,11 +24,11 @@ def test_every_option_named_in_the_documentation_exists():
     import contextlib
     import io
 
-    from corrsteer_pl.cli.lightning import main
+    from corrsteer_pl.cli.program import main
 
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        main(["fit", "--help"])
+    with contextlib.redirect_stdout(shown):
+        assert main(["fit", "--help"]) == 0
     texts = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     named = set(re.findall(r"--((?:model|data|trainer|results)\.\w+)", texts))
     assert len(named) > 8

@@ -197,7 +197,7 @@ def test_plain_ddp_from_python_works(reference, tmp_path):
 
 PEAK = """
 import resource, sys
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 assert main(sys.argv[1:]) == 0
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

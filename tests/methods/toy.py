@@ -39,6 +39,6 @@ class Bias(Method):
 METHODS["bias"] = "tests.methods.toy:Bias"
 
 if __name__ == "__main__":
-    from corrsteer_pl.cli.lightning import main
+    from corrsteer_pl.cli.program import main
 
     sys.exit(main())

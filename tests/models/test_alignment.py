@@ -10,7 +10,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from corrsteer_pl import CorrSteer, TaskDataModule, demo
-from corrsteer_pl.cli.lightning import main
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.models.alignment import alignments, judge_alignments

@@ -1,0 +1,88 @@
+"""The commands: which there are, and what runs each. Nothing large is imported before a command is known to be run."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from corrsteer_pl.cli.arguments import with_found_configs
+from corrsteer_pl.cli.options import check_names, command_help
+from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.version import __version__
+
+PROGRAM = "python -m corrsteer_pl"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        does: What it does, as a sentence.
+        runs: ``module:function`` that takes the command's name and its arguments.
+    """
+
+    does: str
+    runs: str
+
+
+STAGE, PLAIN = "corrsteer_pl.cli.lightning:run_stage", "corrsteer_pl.cli.plain:run"
+COMMANDS = {
+    "fit": Command("Correlate features with rewards, test the candidates, and select those that help.", STAGE),
+    "validate": Command("Test the candidates of a fit again on the validation split.", STAGE),
+    "test": Command("Compare steered with unsteered answers to the same questions.", STAGE),
+    "predict": Command("Write steered and unsteered answers side by side, without judging them.", STAGE),
+    "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
+    "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),
+}
+EXAMPLES = f"""examples:
+  {PROGRAM} fit --config demo.yaml
+  {PROGRAM} test --ckpt_path checkpoints/demo/last.ckpt
+  {PROGRAM} fit --help
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one sentence on standard error and the exit status 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        return _main(args)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _main(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"corrsteer_pl {__version__}\n")
+        return 0
+    command = args[0]
+    if command not in COMMANDS:
+        raise UserError(f"the command {command!r} is not known; choose one of {choices(COMMANDS)}.")
+    if {"-h", "--help"} & set(args):
+        sys.stdout.write(command_help(f"{PROGRAM} {command}", command, COMMANDS[command].does, args))
+        return 0
+    args = with_found_configs(args)
+    check_names(args)
+    return _imported(COMMANDS[command].runs)(args)
+
+
+def _imported(path: str) -> Callable[[list[str]], int]:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "".join(f"  {name:<{width}}  {command.does}\n" for name, command in COMMANDS.items())
+    about = "Steer language models with the SAE features that correlate with their own success."
+    options = "  -h, --help  Show this help, or that of a command.\n  --version   Show the version.\n"
+    return (
+        f"usage: {PROGRAM} COMMAND [options]\n\n{about}\n\ncommands:\n{lines}\noptions:\n{options}\n"
+        f"Each command says more with --help.\n\n{EXAMPLES}"
+    )
