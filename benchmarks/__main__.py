@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import fits
 from benchmarks.rows import Row, rows
+from benchmarks.startup import startup
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_atomically, write_json
 from corrsteer_pl.version import commit
@@ -25,6 +26,9 @@ HEADER = "| work | against | ours, s | plain, s | ratio | wanted | same answers 
 MEMORY = (
     "| samples | layers | features | peak, MiB | ratio | the fit's | predicted: sums | activations | variants |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
+)
+STARTUP = (
+    "| command | processor s | torch, transformers: s | ratio | wanted | as it should |\n|---|---|---|---|---|---|\n"
 )
 SCALING = "| processes | threads each | fit, s | ratio | same candidates |\n|---|---|---|---|---|\n"
 QUICK = {"layers": 3, "width": 128, "d_sae": 256, "prompts": 6, "fit_prompts": 40, "tokens": 40, "repeats": 1}
@@ -89,6 +93,13 @@ def scaling_line(way: dict[str, Any]) -> str:
     return f"| {sizes} | {'yes' if way['same'] else 'NO'} |\n"
 
 
+def startup_line(row: dict[str, Any]) -> str:
+    """A row of the table of start-up."""
+    wanted = "-" if row["wanted"] is None else f"at most {row['wanted']:g}"
+    figures = f"{row['seconds']:.2f} | {row['plain']:.2f} | {row['ratio']:.2f}"
+    return f"| `{row['command']}` | {figures} | {wanted} | {'yes' if row['same'] else 'NO'} |\n"
+
+
 def write_readme(shown: str, about: dict) -> None:
     """Put the tables between the marks of the README."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -106,8 +117,14 @@ def main(args: list[str]) -> int:
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    measured, shown = [], HEADER
-    sys.stdout.write(HEADER)
+    measured, shown, started = [], STARTUP, []
+    sys.stdout.write(STARTUP)
+    for row in startup(options.repeats):
+        started.append(row)
+        shown += startup_line(row)
+        sys.stdout.write(startup_line(row))
+    shown += "\n" + HEADER
+    sys.stdout.write("\n" + HEADER)
     try:
         for row in rows(options):
             measured.append(row)
@@ -122,9 +139,9 @@ def main(args: list[str]) -> int:
         shown += "\n" + MEMORY + "".join(memory_line(peak, peaks[0]) for peak in peaks)
         shown += "\n" + SCALING + "".join(map(scaling_line, ways))
         found = [row.as_dict() for row in measured]
-        write_json(RESULTS, {**about, "rows": found, "memory": peaks, "scaling": ways})
+        write_json(RESULTS, {**about, "startup": started, "rows": found, "memory": peaks, "scaling": ways})
         write_readme(shown, about)
-    return 0 if all(row.agree for row in measured) else 1
+    return 0 if all(row.agree for row in measured) and all(row["same"] for row in started) else 1
 
 
 if __name__ == "__main__":

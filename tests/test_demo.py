@@ -10,7 +10,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sae_training import train_saes
 from corrsteer_pl.tasks import make_task
 from tests.architectures import batch_of

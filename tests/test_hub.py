@@ -18,7 +18,8 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.hub import HTTP_ERROR, reason
 from corrsteer_pl.models.alignment import alignments
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes, saes_identity
+from corrsteer_pl.models.sae import saes_identity
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.rewards.judges import REJECTION, SIMILARITY, RefusalReward, SimilarityReward
 from tests.conftest import CONFIGS, cli
 from tests.hub.autoencoders import add_sae_lens

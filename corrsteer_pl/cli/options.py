@@ -14,7 +14,7 @@ from pathlib import Path
 
 from docstring_parser import parse
 
-from corrsteer_pl.cli.arguments import given_method, given_options
+from corrsteer_pl.cli.arguments import PARTS, given_method, given_options
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.methods.registry import METHODS, method_path
 
@@ -23,6 +23,8 @@ RESULTS = "corrsteer_pl.methods.run_files:RunFiles"
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 # Functions of the commands that are no stage of the Trainer.
 FUNCTIONS = {"train_saes": "corrsteer_pl.commands.train_saes:train_saes_on"}
+# Arguments of the Trainer's stages, and what given_options adds.
+UNSHOWN = ("configs", "weights_only", "verbose", "return_predictions")
 CHECKPOINT = "Checkpoint of a fit; the settings of the fit apply unless others are given. 'last': that of this run."
 
 
@@ -99,20 +101,21 @@ def check_names(args: Sequence[str]) -> None:
     Raises:
         UserError: Naming the nearest that there are.
     """
-    command, method = args[0], given_method(args)
-    known = groups(command, method)
+    known = groups(args[0], given_method(args))
+    general = [option.name for option in known[""].options or ()]
     for given in given_options(args):
-        part, _, rest = given.partition(".")
-        group = known.get(part)
-        name = rest.split(".")[0]
-        if group is None or not rest or not name.isidentifier() or group.options is None:
-            continue
-        names = [option.name.partition(".")[2] for option in group.options]
-        if name not in names:
-            raise UserError(
-                f"there is no option {part}.{name}; the nearest are {choices(nearest(name, names, 4))}. "
-                f"See {command} --help for all."
-            )
+        part, dot, rest = given.partition(".")
+        group, name = known.get(part), rest.split(".")[0]
+        if group is None:
+            names, found = [*general, *PARTS, *UNSHOWN], part in (*general, *UNSHOWN)
+        else:
+            names = [option.name.partition(".")[2] for option in group.options or ()]
+            found = group.options is None or not dot or not name.isidentifier() or name in names
+        if not found:
+            wanted = name if group else given
+            prefix = f"{part}." if group else ""
+            near = choices(f"{prefix}{one}" for one in nearest(wanted, names, 4))
+            raise UserError(f"there is no option {given}; the nearest are {near}. See {args[0]} --help for all.")
 
 
 @cache

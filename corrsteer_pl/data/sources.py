@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
-
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.files import READERS, exists, read_rows
 from corrsteer_pl.hub import HUB_ERRORS, reason
@@ -77,7 +75,7 @@ class RowSource:
             return bool(self._files(split))
         try:
             subset = self.subsets[0] if self.subsets else None
-            known = {ALL, *get_dataset_split_names(self.path, subset, revision=self.revision)}
+            known = {ALL, *_datasets().get_dataset_split_names(self.path, subset, revision=self.revision)}
             # The Hub's library takes parts and sums of splits too: train[:80%]+dev.
             return known.issuperset(part.partition("[")[0].strip() for part in split.split("+"))
         except HUB_ERRORS as error:
@@ -130,7 +128,7 @@ class RowSource:
 
     def _from_hub(self, subset: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:
         try:
-            rows = load_dataset(self.path, subset, split=split, revision=self.revision).to_list()
+            rows = _datasets().load_dataset(self.path, subset, split=split, revision=self.revision).to_list()
         except HUB_ERRORS as error:
             raise self._unavailable(error, self._missing(subset, split)) from error
         return _numbered(rows, f"{subset}:{split}" if subset else split)
@@ -145,15 +143,22 @@ class RowSource:
     def _missing(self, subset: str | None, split: str) -> str | None:
         """The reason if the data set has no such subset or split; else None."""
         try:
-            subsets = get_dataset_config_names(self.path, revision=self.revision)
+            subsets = _datasets().get_dataset_config_names(self.path, revision=self.revision)
             if subset not in (None, *subsets) or (subset is None and len(subsets) > 1 and "default" not in subsets):
                 return f"it has the subsets {choices(nearest(str(subset), subsets))}; set data.subset to one"
-            splits = get_dataset_split_names(self.path, subset, revision=self.revision)
+            splits = _datasets().get_dataset_split_names(self.path, subset, revision=self.revision)
         except HUB_ERRORS:
             return None
         if split in (ALL, *splits):
             return None
         return f"it has the splits {choices(splits)}; set data.train_split, data.val_split and data.test_split"
+
+
+def _datasets() -> Any:
+    """The datasets library, which is slow to import and not needed for local files."""
+    import datasets
+
+    return datasets
 
 
 def _parts(file: Path) -> tuple[str | None, str]:

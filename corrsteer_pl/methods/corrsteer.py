@@ -25,7 +25,7 @@ from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_a
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
 from corrsteer_pl.models.pooling import POOLS
-from corrsteer_pl.models.sae import SITES, SparseAutoencoder, load_saes, saes_identity
+from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, rank, select, tested
 from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, null_max_correlation, pearson
@@ -181,6 +181,9 @@ class CorrSteer(Method):
             self._identity = saes_identity(self.hparams["saes"], self.saes)
 
     def _load_saes(self, layers: list[int] | None = None) -> dict[int, SparseAutoencoder]:
+        # SAELens is slow to import, and testing a finished fit needs no autoencoder.
+        from corrsteer_pl.models.sae_loading import load_saes
+
         h = self.hparams
         options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"], h["sae_revision"]
         return load_saes(h["saes"], self.llm, layers or h["layers"], *options)

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import pipeline
-
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.rewards.base import Reward
@@ -37,6 +35,8 @@ class Classifier:
         """
         if self._run is not None:
             return
+        from transformers import pipeline  # slow to import, and most rewards need no model
+
         try:
             self._run = pipeline("text-classification", model=self.model, device=device)
         except HUB_ERRORS as error:

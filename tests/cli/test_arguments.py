@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corrsteer_pl.cli.arguments import with_whole_dicts
+from corrsteer_pl.cli.arguments import given_options, with_whole_dicts
 from corrsteer_pl.cli.program import main
+from corrsteer_pl.cli.tags import tag
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.options import check_options
@@ -15,6 +16,50 @@ from corrsteer_pl.rewards import reward
 from tests.conftest import make_trainer
 
 QUIET = ["--trainer.enable_progress_bar=false"]
+
+
+def test_options_are_seen_however_they_are_spelt(tmp_path):
+    (tmp_path / "model.yaml").write_text("scale: 3\nllm_args: {revision: x}\n", encoding="utf-8")
+    (tmp_path / "data.yaml").write_text("task: demo_refusal\n", encoding="utf-8")
+    args = ["fit", "--model", str(tmp_path / "model.yaml"), f"--data={tmp_path / 'data.yaml'}", "--model.layers+=2"]
+    args += ["--data.path=", "--model.sign", "both", '--trainer={"default_root_dir": "here"}', "--print_config"]
+    args += ["--data.filter", "{a: {b: 1}}", "--model.llm_args.attn_implementation=eager"]
+    assert given_options(args) == {
+        "model.scale": 3,
+        "model.llm_args.revision": "x",
+        "model.llm_args.attn_implementation": "eager",
+        "model.layers": "2",
+        "model.sign": "both",
+        "data.task": "demo_refusal",
+        "data.path": "",
+        "data.filter.a.b": 1,
+        "trainer.default_root_dir": "here",
+    }
+
+
+def test_results_are_named_after_all_that_differs_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.train_size=96", "--data.val_size=16", "--data.test_size=20", "--model.layers=[1]", *QUIET]
+    assert main(["fit", "--config", "demo.yaml", *small]) == 0
+    Path("model.yaml").write_text("scale: 3\n", encoding="utf-8")
+    Path("data.yaml").write_text("test_size: 5\n", encoding="utf-8")
+    test = ["test", "--ckpt_path", "checkpoints/demo/last.ckpt", *QUIET]
+    assert main([*test, "--model", "model.yaml"]) == 0
+    assert main([*test, "--data", "data.yaml", '--model={"scale": 1.0}']) == 0
+    assert main([*test, "--trainer.limit_test_batches=1", "--data.batch_size=4"]) == 0
+    assert main([*test, "--data.filter", "{subject: age}"]) in (0, 2)
+    tests = {path.name for path in Path("checkpoints/demo/test").iterdir()}
+    assert {"demo_qa-scale-3", "demo_qa-test_size-5", "demo_qa-limit_test_batches-1"} <= tests
+    assert "demo_qa" not in tests
+
+
+def test_long_names_are_cut_and_stay_different():
+    options = [f"model.{'x' * 20}{i}" for i in range(12)]
+    ours, others = ({"model": {o.removeprefix("model."): v for o in options}} for v in ("a" * 30, "b" * 30))
+    one, other = tag(ours, {}, options), tag(others, {}, options)
+    assert max(len(one.encode()), len(other.encode())) <= 160
+    assert one != other
+    assert tag(ours, ours, options) is None
 
 
 def test_options_by_name_are_put_together_and_parsed_once(tmp_path):

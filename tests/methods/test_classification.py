@@ -14,7 +14,7 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.stats import Moments, Probe
 from corrsteer_pl.tasks import make_task

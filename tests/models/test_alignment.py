@@ -15,7 +15,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.models.alignment import alignments, judge_alignments
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.tasks import make_task
 from tests.conftest import make_trainer, random_saes
 

@@ -8,7 +8,7 @@ import torch
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from tests.architectures import NEW, batch_of, hf_texts
 from tests.conftest import random_saes
 

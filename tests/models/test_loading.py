@@ -16,7 +16,8 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes, saes_identity
+from corrsteer_pl.models.sae import saes_identity
+from corrsteer_pl.models.sae_loading import load_saes
 from tests.architectures import NEW, batch_of, vectors
 
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from corrsteer_pl.models.decoding import decode
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site
 from tests.architectures import NEW, PROMPTS, batch_of, hf_texts
 

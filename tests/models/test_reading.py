@@ -7,7 +7,7 @@ from transformers import GPT2Config
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site, decoder_blocks
 from tests.architectures import batch_of
 from tests.conftest import make_sae, random_saes

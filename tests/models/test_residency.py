@@ -19,7 +19,8 @@ from sae_lens.saes.sae import SAEMetadata
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.residency import at_hand, bring
-from corrsteer_pl.models.sae import ENCODE_ALONE, SparseAutoencoder, load_saes, unneeded
+from corrsteer_pl.models.sae import ENCODE_ALONE, SparseAutoencoder, unneeded
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site
 from tests.conftest import random_saes
 
@@ -79,7 +80,7 @@ def test_what_is_loaded_computes_on_its_device_and_rests_in_main_memory(llm, tmp
     here = load_saes(str(folder), llm, offload=offload)[1]
     expected = here.encode(x)
     monkeypatch.setattr(
-        "corrsteer_pl.models.sae.decoder_blocks", lambda model: [torch.nn.Linear(1, 1, device=META)] * 9
+        "corrsteer_pl.models.sae_loading.decoder_blocks", lambda model: [torch.nn.Linear(1, 1, device=META)] * 9
     )
     monkeypatch.setattr(type(llm), "device", META)
     there = load_saes(str(folder), llm, offload=offload)[1]

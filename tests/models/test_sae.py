@@ -10,7 +10,8 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.sae import SparseAutoencoder, load_saes
+from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site
 from tests.conftest import random_saes
 

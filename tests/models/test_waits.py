@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import load_saes
+from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.stats.moments import Moments
 from tests.architectures import batch_of, vectors
 from tests.conftest import random_saes
