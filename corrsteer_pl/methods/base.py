@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from rich.table import Table
 
@@ -20,6 +20,8 @@ from corrsteer_pl.methods.provenance import (
     check_options,
     check_same_data,
     check_samples,
+    read_checkpoint,
+    settings_of,
     versions,
 )
 from corrsteer_pl.methods.registry import method_name
@@ -281,6 +283,22 @@ class Method(PairedEvaluation):
         return {name: self.hparams[name] for name in names if name in self.hparams}
 
     # ---------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's way to make a module of a checkpoint; options given here replace the stored ones.
+
+        Raises:
+            UserError: The checkpoint is damaged, or asks for code of a model's repository, which only a caller may
+                allow, by giving ``llm_args`` anew.
+        """
+        _, stored = settings_of(read_checkpoint(Path(checkpoint_path)))
+        if (stored["model"].get("llm_args") or {}).get("trust_remote_code") and "llm_args" not in kwargs:
+            raise UserError(
+                "the checkpoint sets trust_remote_code, which runs code of the model's repository. If you trust it, "
+                "give llm_args={'trust_remote_code': True} anew."
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what was learnt and whose it is; no weight of the language model."""

@@ -1,11 +1,14 @@
 """What the documentation shows has to run."""
 
+import doctest
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from corrsteer_pl.methods import registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,3 +57,18 @@ def test_every_configuration_begins_with_its_command():
         first = path.read_text().splitlines()[0]
         assert first.startswith("# python -m corrsteer_pl fit --config ")
         assert f"--config {path.name}" in first
+
+
+def test_the_examples_of_the_architecture_page_run(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    failed, tried = doctest.testfile(str(ROOT / "docs/architecture.md"), module_relative=False)
+    assert tried > 10
+    assert failed == 0
+
+
+def test_the_architecture_page_names_files_that_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)+\w+\.py|\w+\.py)`", text)
+    assert len(set(named)) > 30
+    for name in set(named):
+        assert (ROOT / "corrsteer_pl" / name).is_file(), name

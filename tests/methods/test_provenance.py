@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from corrsteer_pl import CorrSteer, TaskDataModule
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.provenance import FORMAT, KEY, Provenance, read_checkpoint
 from tests.conftest import make_trainer
@@ -137,3 +138,25 @@ def test_rules_and_signs_without_candidates_are_refused(whole):
         CorrSteer("demo", "demo", rule="all", sign="negative")
     with pytest.raises(UserError, match="layer 9 has no candidate in the checkpoint"):
         CorrSteer.load_from_checkpoint(path, layers=[9])
+
+
+def test_a_checkpoint_allows_no_code_of_others(whole):
+    path = changed(whole, lambda c: c["hyper_parameters"].update(llm_args={"trust_remote_code": True}))
+    with pytest.raises(UserError, match="sets trust_remote_code, which runs code of the model's repository"):
+        CorrSteer.load_from_checkpoint(path)
+    assert CorrSteer.load_from_checkpoint(path, llm_args={"trust_remote_code": True}).is_fitted
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+    named = {"task": "generic", "task_args": {"reward": "os.popen", "answer": "a"}}
+    path = changed(whole, lambda c: c["datamodule_hyper_parameters"].update(named))
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+
+
+def test_the_command_line_says_which_option_allows_code(whole, capsys):
+    path = changed(whole, lambda c: c["hyper_parameters"].update(llm_args={"trust_remote_code": True}))
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+    assert "give it anew with --model.llm_args.trust_remote_code true." in capsys.readouterr().err
+    path = changed(whole, lambda c: c["datamodule_hyper_parameters"].update(task="os.popen"))
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+    assert "give it anew with --data.task os.popen." in capsys.readouterr().err
+    assert main(["test", "--ckpt_path", str(path), "--data.task", "os.popen"]) == 2
+    assert "os.popen" in capsys.readouterr().err
