@@ -64,6 +64,11 @@ def test_every_task_config_fits_and_tests(name, here):
     assert selection["llm"]["name"] == "google/gemma-2-2b-it"
     assert selection["samples"] == 48
     assert {f["layer"] for f in selection["ranking"]} <= {0, 1}
+    # JumpReLU SAEs of 16,384 x 2,304: seven sums a feature, and a direction for each candidate.
+    stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"].values()
+    sums = sum(tensor.nbytes for tensor in stored)
+    assert 2 * 16384 * 7 * 8 <= sums
+    assert (folder / "last.ckpt").stat().st_size < 1.1 * sums
     for feature in selection["candidates"]:
         layer, index = feature["layer"], feature["index"]
         expected = f"https://www.neuronpedia.org/gemma-2-2b/{layer}-gemmascope-res-16k/{index}"

@@ -217,6 +217,8 @@ class Method(PairedEvaluation):
             self.check_processes(self.trainer.world_size)
             self.llm = LanguageModel.load(self.llm_name, self.dtype_name, **self.llm_args)
             self.datamodule.warn_of_base_model(self.llm)
+        # Refuses a chat template that the tokenizer lacks before anything else is loaded.
+        self.datamodule.uses_chat(self.llm)
         if not self.llm.placed:
             self.llm.model.to(self.trainer.strategy.root_device)
         # What cannot be identified could not be saved: better before the first batch than after the last.
