@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.stats.moments import Moments
 from corrsteer_pl.stats.scores import mean_right, mean_wrong
 
@@ -172,3 +173,31 @@ def select(rule: str, candidates: Sequence[Feature], baseline: float | None) -> 
         CorrSteer, arXiv 2508.12535, section 3.
     """
     return tuple(RULES[rule](candidates, baseline if baseline is not None else 0.0))
+
+
+def reselect(fitted: Selection, rule: str, sign: str, layers: Sequence[int] | None) -> Selection:
+    """Apply a rule to those candidates of a fit that have a sign and are in some layers.
+
+    Raises:
+        UserError: The fit has no such candidates, or has not tested them, which the rule needs.
+    """
+    known = sorted({f.layer for f in fitted.candidates})
+    if missing := sorted(set(layers or ()) - set(known)) if known else []:
+        raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(known)}).")
+    candidates = [
+        f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)
+    ]  # fmt: skip
+    if fitted.candidates and not candidates:
+        signs = choices(sorted({f.sign for f in fitted.candidates}))
+        raise UserError(
+            f"model.sign is {sign}, but the candidates of the fit are {signs} in the layers asked for. Set model.sign "
+            "to what the fit has, or fit again."
+        )
+    if rule == "all" and candidates and not any(f.sign == "positive" for f in candidates):
+        raise UserError("model.rule is all, which takes positive candidates, but the fit has none. Fit again.")
+    if rule != "all" and any(f.validation_reward is None for f in candidates):
+        raise UserError(
+            f"model.rule is {rule}, which needs tested candidates, but the checkpoint was fitted with rule all, which "
+            "tests none. Fit again with that rule."
+        )
+    return replace(fitted, rule=rule, features=select(rule, candidates, fitted.baseline_reward))

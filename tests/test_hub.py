@@ -67,7 +67,7 @@ def test_every_task_config_fits_and_tests(name, here):
     # JumpReLU SAEs of 16,384 x 2,304: seven sums a feature, and a direction for each candidate.
     stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"].values()
     sums = sum(tensor.nbytes for tensor in stored)
-    assert 2 * 16384 * 7 * 8 <= sums
+    assert sums >= 2 * 16384 * 7 * 8
     assert (folder / "last.ckpt").stat().st_size < 1.1 * sums
     for feature in selection["candidates"]:
         layer, index = feature["layer"], feature["index"]

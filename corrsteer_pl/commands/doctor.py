@@ -14,6 +14,7 @@ from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Method
+from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 
@@ -31,15 +32,16 @@ def examine(method: Method, datamodule: TaskDataModule, trainer: Trainer) -> Ite
     """
     batch = _start(method, datamodule, trainer)
     yield from _prompt(method, datamodule, batch)
+    inspection = method.inspection(method)
     began = time.perf_counter()
-    texts, more = method.rehearse(batch)
+    texts = inspection.rehearse(batch)
     fit_seconds = time.perf_counter() - began
     yield from _answers(method, texts, batch)
     yield _model(method.llm)
-    yield from more
-    times = _time(method, datamodule, len(batch.examples), fit_seconds)
+    yield from inspection.tables(batch)
+    times = _time(method, inspection, datamodule, len(batch.examples), fit_seconds)
     # Only now is known how variants are decoded.
-    yield _memory(method, batch)
+    yield _memory(method, inspection, batch)
     yield times
     method.verify()
 
@@ -115,18 +117,18 @@ def _model(llm: LanguageModel) -> Table:
     return _facts("Language model", facts)
 
 
-def _memory(method: Method, batch: Batch) -> Table:
+def _memory(method: Method, inspection: Inspection, batch: Batch) -> Table:
     """Bytes of what stays, and of the largest pass of a validation."""
     llm, decoder = method.llm, method.answering.decoder
     branches = llm.abilities.get("branches", False)
     prompts = batch.input_ids.numel() * llm.cache_size_per_token * llm.model.dtype.itemsize
     parts = {
         "language model": sum(p.nbytes for p in llm.model.parameters()),
-        **method.held(batch),
+        **inspection.held(batch),
         f"keys and values of {len(batch.examples)} prompts": prompts,
     }
-    if method.variants:
-        together = decoder.together(batch, method.variants, branches)
+    if inspection.variants:
+        together = decoder.together(batch, inspection.variants, branches)
         parts[f"{together} variants of them at once"] = together * decoder.size_of_variant(batch, branches)
     facts = {name: _size(size) for name, size in parts.items()}
     facts["predicted in all"] = f"{_size(sum(parts.values()))}, and the activations of one block"
@@ -135,26 +137,28 @@ def _memory(method: Method, batch: Batch) -> Table:
     return _facts("Memory per process", facts)
 
 
-def _time(method: Method, datamodule: TaskDataModule, batch_size: int, fit_seconds: float) -> Table:
+def _time(
+    method: Method, inspection: Inspection, datamodule: TaskDataModule, batch_size: int, fit_seconds: float
+) -> Table:
     """Seconds per batch as measured, and what they add up to; generation may end earlier or later than here."""
     batches = len(datamodule.train_dataloader())
     facts = {"fit": f"{batches} batches of {batch_size}, {fit_seconds:.2f} s each: {_duration(batches * fit_seconds)}"}
-    if method.variants and method.task.generates:
-        facts["validation"] = _validation_time(method, datamodule)
+    if inspection.variants and method.task.generates:
+        facts["validation"] = _validation_time(method, inspection.variants, datamodule)
     return _facts("Time per process, from the first batch", facts)
 
 
-def _validation_time(method: Method, datamodule: TaskDataModule) -> str:
+def _validation_time(method: Method, variants: int, datamodule: TaskDataModule) -> str:
     loader = datamodule.val_dataloader()
     batch = next(iter(loader)).to(method.trainer.strategy.root_device)
     began = time.perf_counter()
     # A vector of zeros at every block costs what other vectors cost.
     config = method.llm.config
     zeros = {Site(i, "resid_post"): torch.zeros(config.hidden_size) for i in range(config.num_hidden_layers)}
-    method.answering.texts(batch, SteeringVectors.stack([zeros] * method.variants, Schedule()))
+    method.answering.texts(batch, SteeringVectors.stack([zeros] * variants, Schedule()))
     seconds = time.perf_counter() - began
     return (
-        f"{len(loader)} batches of {len(batch.examples)} under {method.variants} variants, about {seconds:.2f} s each: "
+        f"{len(loader)} batches of {len(batch.examples)} under {variants} variants, about {seconds:.2f} s each: "
         f"{_duration(len(loader) * seconds)}"
     )
 

@@ -1,17 +1,18 @@
 """The contract of a method: what a Trainer runs, what is asked of it, and what it may leave to this class."""
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from rich.table import Table
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.answering import Answering, Generating, ProbeReading, Reading
 from corrsteer_pl.methods.evaluation import PairedEvaluation
+from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.methods.provenance import (
     KEY,
     Provenance,
@@ -74,6 +75,7 @@ class Method(PairedEvaluation):
         trains: Whether a fit trains parameters of this module. Then DDP averages their gradients; otherwise there are
             none, and what processes have counted is merged by the method itself.
         settings: When the options of ``__init__`` may change.
+        inspection: What ``doctor`` shows of it.
         llm: The language model.
         counted: How many samples of the fit all processes have counted.
         fit_answering: How the task that is fitted on is answered; during a fit.
@@ -81,6 +83,7 @@ class Method(PairedEvaluation):
 
     trains: ClassVar[bool] = False
     settings: ClassVar[Settings] = Settings()
+    inspection: ClassVar[type[Inspection]] = Inspection
 
     llm: LanguageModel
     fit_answering: Answering
@@ -98,7 +101,7 @@ class Method(PairedEvaluation):
             )
         self.llm_name, self.dtype_name, self.llm_args = local_name(llm), dtype, llm_args or {}
         self.candidate_batch_size = candidate_batch_size
-        self.counted = 0
+        self.counted = self._validated = 0  # samples of the fit: so far, and at the last validation
         self._record: Provenance | None = None
 
     # ---------------------------------------------------------------- what a method may say of itself
@@ -159,24 +162,6 @@ class Method(PairedEvaluation):
         """What the progress bar says of a fit so far, by this process alone."""
         return {}
 
-    def rehearse(self, batch: Batch) -> tuple[list[str], Iterator[Table]]:
-        """For ``doctor``: the work of a fit on one batch.
-
-        Returns:
-            The unchanged model's answers, and what else is to be shown of the batch and of the method's parts, made
-            when it is asked for.
-        """
-        return self.fit_answering.observe(batch), iter(())
-
-    def held(self, batch: Batch) -> dict[str, int]:
-        """For ``doctor``: bytes that the method's parts take beside the model, by name."""
-        return {}
-
-    @property
-    def variants(self) -> int:
-        """For ``doctor``: how many variants of the model a validation compares, the unchanged one included."""
-        return 2
-
     def verify(self) -> None:
         """See on the first prompts of a fit whether all parts fit together.
 
@@ -207,7 +192,7 @@ class Method(PairedEvaluation):
         if stage == "fit":
             self.fit_answering = self._answering(self.datamodule.fit_task, "fit")
             # Going on with a checkpoint restores it after this.
-            self.counted, self._record = 0, None
+            self.counted, self._validated, self._record = 0, 0, None
             self.begin()
         elif self._record is not None:
             self._check_parts(self._record)
@@ -258,8 +243,24 @@ class Method(PairedEvaluation):
         self.counted = batch.counted
 
     def on_train_epoch_end(self) -> None:
-        """Stop: a second epoch would count the same samples again."""
+        """Stop, as a second epoch would count the same samples again; validate what no validation has seen yet."""
         self.trainer.should_stop = True
+        # Lightning's last validation of the epoch came before its last batches, or not at all.
+        if self._validated < self.counted:
+            self._validate()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        self.on_validation_epoch_start()
+        for batch_idx, batch in enumerate(self.datamodule.val_dataloader()):
+            self.validation_step(batch.to(self.device), batch_idx)
+        self.on_validation_epoch_end()
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether no sample of the fit, if there is one, is still to come."""
+        fitting = self.trainer.state.fn == "fit"
+        return not fitting or self.trainer.is_last_batch or self.trainer.should_stop
 
     def on_validation_epoch_start(self) -> None:
         """Prepare what is tried."""
@@ -275,6 +276,7 @@ class Method(PairedEvaluation):
         """Bring the rewards of all processes together."""
         if not self.trainer.sanity_checking:
             self.conclude(self._trial.result())
+            self._validated = self.counted
 
     def log_validation(self, values: dict[str, float]) -> None:
         """Log numbers that are equal on all processes already, so that their mean is right."""

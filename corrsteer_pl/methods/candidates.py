@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.selection import Feature, describe, rank
-from corrsteer_pl.stats import COEFFICIENTS, pearson
+from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, pearson
+from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
 
 
 def rank_features(
@@ -43,3 +45,32 @@ def leading_features(sums: Accumulator, saes: Mapping[int, SparseAutoencoder], p
         positive, negative = rank(scores, 1)
         found += [describe(moments, scores, scores, layer, str(sae.site), i) for i in positive + negative]
     return sorted(found, key=lambda feature: -abs(feature.correlation))
+
+
+def rewards_differ(moments: Moments) -> bool:
+    """Whether there is anything to correlate with."""
+    variance = moments.n * moments.yy - moments.y**2
+    return bool(variance > RELATIVE_VARIANCE_FLOOR * moments.n * moments.yy)
+
+
+def mean_reward(moments: Moments) -> float:
+    """Mean reward of the samples of the sums; 0 if there is none."""
+    return (moments.y / moments.n.clamp(min=1)).item()
+
+
+def require_different(moments: Moments) -> None:
+    """Refuse rewards that are all equal.
+
+    Raises:
+        UserError: They are.
+    """
+    if not rewards_differ(moments):
+        raise UserError(
+            f"all {round(moments.n.item())} rewards are {mean_reward(moments):g}, so there is nothing to correlate "
+            "with. Choose a task that the model solves sometimes, or more samples."
+        )
+
+
+def fit_probe(moments: Moments, topk: int) -> Probe:
+    """A probe on the ``topk`` features of each sign."""
+    return Probe.fit(moments, [i for some in rank(pearson(moments), topk) for i in some])

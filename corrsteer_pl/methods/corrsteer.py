@@ -1,7 +1,6 @@
 """CorrSteer: correlate SAE features with the model's own success, and steer with those that help."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +16,16 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.methods.base import Method, Settings
-from corrsteer_pl.methods.candidates import leading_features, rank_features
-from corrsteer_pl.methods.inspection import Watch, parts_table, positions_table
-from corrsteer_pl.methods.provenance import check_saes, damaged
+from corrsteer_pl.methods.candidates import (
+    fit_probe,
+    leading_features,
+    mean_reward,
+    rank_features,
+    require_different,
+    rewards_differ,
+)
+from corrsteer_pl.methods.inspection import SteeringInspection
+from corrsteer_pl.methods.provenance import check_directions, check_saes, damaged
 from corrsteer_pl.methods.trial import TrialResult
 from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
@@ -27,9 +33,8 @@ from corrsteer_pl.models.llm import local_name
 from corrsteer_pl.models.pooling import POOLS
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, rank, select, tested
-from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, null_max_correlation, pearson
-from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
+from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, reselect, select, tested
+from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, null_max_correlation
 
 
 class CorrSteer(Method):
@@ -93,6 +98,7 @@ class CorrSteer(Method):
         True
     """
 
+    inspection = SteeringInspection
     settings = Settings(
         settled=("pool", "coefficient_pool", "coefficient", "site"),
         resumed=("dtype", "sae_dtype"),
@@ -162,12 +168,6 @@ class CorrSteer(Method):
 
     # ---------------------------------------------------------------- fit: accumulate
 
-    def setup(self, stage: str) -> None:
-        """Load the model, and for a fit or a validation the autoencoders."""
-        super().setup(stage)
-        if stage == "validate":
-            self._require_saes()
-
     def begin(self) -> None:
         """Load the autoencoders, and set all sums to zero."""
         self._require_saes()
@@ -208,32 +208,20 @@ class CorrSteer(Method):
         """What activations are correlated with, ``(batch,)`` float64."""
         return self.fit_answering.rewards(texts, batch)
 
-    def on_train_epoch_end(self) -> None:
-        """Select on all that was counted."""
-        super().on_train_epoch_end()
-        if self.selection is None or self.selection.samples < self.counted:
-            self._validate()
-
-    @torch.no_grad()
-    def _validate(self) -> None:
-        # Lightning's last validation of the epoch came before its last batches, or not at all.
-        self.on_validation_epoch_start()
-        for batch_idx, batch in enumerate(self.datamodule.val_dataloader()):
-            self.validation_step(batch.to(self.device), batch_idx)
-        self.on_validation_epoch_end()
-
     # ---------------------------------------------------------------- validate: test the candidates
 
     def tried(self) -> SteeringVectors:
         """Merge the sums, and choose each layer's candidates: the unsteered model, and each candidate alone."""
         if not self.counted:
             raise self.unfitted()
+        self._require_saes()
         self.sums.merge()
-        if self._has_seen_all:
-            self._refuse_equal_rewards()
+        if self.has_seen_all:
+            require_different(self._moments)
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
         if not self.task.generates:
-            self._probe = self._fit_probe()
+            layer = max(self.saes)
+            self._probe = layer, fit_probe(self.sums.moments(layer, self.hparams["pool"]), self.hparams["topk"])
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
         tried = () if self.hparams["rule"] == "all" else self._candidates
         return SteeringVectors.stack([{}, *(self._vectors([f]) for f in tried)], self._schedule_here)
@@ -250,25 +238,10 @@ class CorrSteer(Method):
         self.snapshots = [*earlier, {**logged, "features": features}]
         self.log_validation(logged)
 
-    @property
-    def _has_seen_all(self) -> bool:
-        fitting = self.trainer.state.fn == "fit"
-        return not fitting or self.trainer.is_last_batch or self.trainer.should_stop
-
     def is_worth_saving(self) -> bool:
         """Whether rewards differ so far: equal ones would never lead to a selection."""
         self.sums.merge()
-        moments = self._moments
-        variance = moments.n * moments.yy - moments.y**2
-        return bool(variance > RELATIVE_VARIANCE_FLOOR * moments.n * moments.yy)
-
-    def _refuse_equal_rewards(self) -> None:
-        if not self.is_worth_saving():
-            moments = self._moments
-            raise UserError(
-                f"all {round(moments.n.item())} rewards are {_mean_reward(moments):g}, so there is nothing to "
-                "correlate with. Choose a task that the model solves sometimes, or more samples."
-            )
+        return rewards_differ(self._moments)
 
     @property
     def _moments(self) -> Moments:
@@ -283,7 +256,7 @@ class CorrSteer(Method):
             ranking=self._ranking,
             baseline_reward=baseline,
             samples=self.counted,
-            reward=_mean_reward(self._moments),
+            reward=mean_reward(self._moments),
             null_max_correlation=null_max_correlation(self._moments.n_features, self.counted),
             llm=self.llm.identity,
             saes=self._identity or {},
@@ -323,12 +296,6 @@ class CorrSteer(Method):
         return self.answering.schedule or self.schedule
 
     # ---------------------------------------------------------------- texts: a probe instead of an answer
-
-    def _fit_probe(self) -> tuple[int, Probe]:
-        layer = max(self.saes)
-        moments = self.sums.moments(layer, self.hparams["pool"])
-        indices = [i for some in rank(pearson(moments), self.hparams["topk"]) for i in some]
-        return layer, Probe.fit(moments, indices)
 
     def probe(self) -> ProbeReading:
         """The probe of the fit, with its autoencoder.
@@ -370,14 +337,8 @@ class CorrSteer(Method):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
         if fitted is not None:
-            self._check_directions(fitted.candidates)
-            self.selection = self._reselect(fitted)
-
-    def _check_directions(self, candidates: Sequence[Feature]) -> None:
-        for f in candidates:
-            direction = self.directions.get(_name(f))
-            if not isinstance(direction, Tensor) or direction.ndim != 1 or not direction.isfinite().all():
-                raise damaged(f"it has no usable direction for the feature {_name(f)}")
+            check_directions(self.directions, map(_name, fitted.candidates))
+            self.selection = reselect(fitted, *(self.hparams[name] for name in ("rule", "sign", "layers")))
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders of the fit."""
@@ -397,31 +358,6 @@ class CorrSteer(Method):
         elif h["saes"] != stored["name"]:
             check_saes(stored, saes_identity(h["saes"], self._load_saes()))
         self._identity = stored
-
-    def _reselect(self, fitted: Selection) -> Selection:
-        """Apply this module's rule, sign and layers to the fit's candidates."""
-        h = self.hparams
-        layers = sorted({f.layer for f in fitted.candidates})
-        if missing := sorted(set(h["layers"] or ()) - set(layers)) if layers else []:
-            raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(layers)}).")
-        candidates = [
-            f for f in fitted.candidates
-            if h["sign"] in ("both", f.sign) and (h["layers"] is None or f.layer in h["layers"])
-        ]  # fmt: skip
-        if fitted.candidates and not candidates:
-            signs = choices(sorted({f.sign for f in fitted.candidates}))
-            raise UserError(
-                f"model.sign is {h['sign']}, but the candidates of the fit are {signs} in the layers asked for. Set "
-                "model.sign to what the fit has, or fit again."
-            )
-        if h["rule"] == "all" and candidates and not any(f.sign == "positive" for f in candidates):
-            raise UserError("model.rule is all, which takes positive candidates, but the fit has none. Fit again.")
-        if h["rule"] != "all" and any(f.validation_reward is None for f in candidates):
-            raise UserError(
-                f"model.rule is {h['rule']}, which needs tested candidates, but the checkpoint was fitted with rule "
-                "all, which tests none. Fit again with that rule."
-            )
-        return replace(fitted, rule=h["rule"], features=select(h["rule"], candidates, fitted.baseline_reward))
 
     # ---------------------------------------------------------------- what users see
 
@@ -456,38 +392,6 @@ class CorrSteer(Method):
         if self.hparams["check_alignment"] != "off":
             judge_alignments(self.alignments().values(), self.hparams["check_alignment"])
 
-    def rehearse(self, batch: Batch) -> tuple[list[str], Iterator[Table]]:
-        """Answers, which positions are read and steered, and how well the SAEs fit."""
-        watch = Watch(self.saes, self.pools)
-        texts = self.fit_answering.observe(batch, watch)
-        return texts, self._inspected(batch, watch)
-
-    def _inspected(self, batch: Batch, watch: Watch) -> Iterator[Table]:
-        if self.datamodule.fit_task.generates:
-            site = next(iter(self.saes.values())).site
-            yield positions_table(self.llm, self.fit_answering.decoder, batch, watch, site, self.schedule)
-        yield parts_table(self.saes, self.alignments())
-
-    def held(self, batch: Batch) -> dict[str, int]:
-        """Bytes of SAEs, sums and pooled activations."""
-        weights = [p for sae in self.saes.values() for p in sae.sae.parameters() if p.device == sae.sae.device]
-        pooled = len(batch.examples) * len(self.pools) * sum(sae.d_sae for sae in self.saes.values()) * 4
-        return {
-            "SAEs": sum(p.nbytes for p in weights),
-            "running sums": self.sums.size,
-            "pooled activations": pooled,
-        }
-
-    @property
-    def variants(self) -> int:
-        """The unsteered model and the candidates of a validation."""
-        signs = 2 if self.hparams["sign"] == "both" else 1
-        return 1 if self.hparams["rule"] == "all" else 1 + signs * len(self.saes)
-
 
 def _name(feature: Feature) -> str:
     return f"{feature.layer}/{feature.index}"
-
-
-def _mean_reward(moments: Moments) -> float:
-    return (moments.y / moments.n.clamp(min=1)).item()

@@ -1,4 +1,4 @@
-"""What ``doctor`` shows of a steering method: positions read and steered, and its autoencoders."""
+"""What ``doctor`` shows of a method, and of a steering one: positions read and steered, and its autoencoders."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +22,68 @@ from corrsteer_pl.models.sites import Site
 
 # So many decoding steps show what goes on in all.
 STEPS = 4
+
+
+class Inspection:
+    """What ``doctor`` shows of a method that has been set up for a fit.
+
+    Args:
+        method: The method.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def rehearse(self, batch: Batch) -> list[str]:
+        """Do the work of a fit on one batch, which ``doctor`` times; the unchanged model's answers."""
+        return self.method.fit_answering.observe(batch)
+
+    def tables(self, batch: Batch) -> Iterator[Table]:
+        """What else there is to show of the batch, after :meth:`rehearse`."""
+        yield from ()
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """Bytes that the method's parts take beside the model, by name."""
+        return {}
+
+    @property
+    def variants(self) -> int:
+        """How many variants of the model a validation compares, the unchanged one included."""
+        return 2
+
+
+class SteeringInspection(Inspection):
+    """What ``doctor`` shows of CorrSteer: which positions are read and steered, and how well the SAEs fit."""
+
+    def rehearse(self, batch: Batch) -> list[str]:
+        """Answers, while activations are read."""
+        self.watch = Watch(self.method.saes, self.method.pools)
+        return self.method.fit_answering.observe(batch, self.watch)
+
+    def tables(self, batch: Batch) -> Iterator[Table]:
+        """Positions read and steered in the first sample, and the autoencoders."""
+        method = self.method
+        if method.datamodule.fit_task.generates:
+            site = next(iter(method.saes.values())).site
+            yield positions_table(method.llm, method.fit_answering.decoder, batch, self.watch, site, method.schedule)
+        yield parts_table(method.saes, method.alignments())
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """Bytes of SAEs, sums and pooled activations."""
+        saes = self.method.saes.values()
+        weights = [p for sae in saes for p in sae.sae.parameters() if p.device == sae.sae.device]
+        pooled = len(batch.examples) * len(self.method.pools) * sum(sae.d_sae for sae in saes) * 4
+        return {
+            "SAEs": sum(p.nbytes for p in weights),
+            "running sums": self.method.sums.size,
+            "pooled activations": pooled,
+        }
+
+    @property
+    def variants(self) -> int:
+        """The unsteered model and the candidates of a validation."""
+        signs = 2 if self.method.hparams["sign"] == "both" else 1
+        return 1 if self.method.hparams["rule"] == "all" else 1 + signs * len(self.method.saes)
 
 
 class Watch(PoolReader):

@@ -1,13 +1,14 @@
 """What a checkpoint says of its own origin, and whether it belongs to the model, the options and the data at hand."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices
 
@@ -199,3 +200,15 @@ def check_same_data(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None
                 f"data.{name} is {value}, but the checkpoint was fitted with {stored[name]}; a fit can only go on with "
                 "its own data. Leave it out, or fit from the beginning without --ckpt_path."
             )
+
+
+def check_directions(directions: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a checkpoint without a usable direction, ``(d_model,)``, for each of its candidates.
+
+    Raises:
+        UserError: Naming the first that is missing, of another shape, or not finite.
+    """
+    for name in names:
+        direction = directions.get(name)
+        if not isinstance(direction, Tensor) or direction.ndim != 1 or not direction.isfinite().all():
+            raise damaged(f"it has no usable direction for the feature {name}")

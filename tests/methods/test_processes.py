@@ -157,7 +157,7 @@ def test_a_fit_killed_in_validation_selects_the_same(reference, tmp_path):
     last = tmp_path / "checkpoints/demo/last.ckpt"
     # What is on disk when the last step has been saved and validation has not ended.
     checkpoint = torch.load(last, weights_only=True)
-    checkpoint["corrsteer_pl"] |= {"selection": None, "directions": {}, "snapshots": []}
+    checkpoint["corrsteer_pl"]["state"] |= {"selection": None, "directions": {}, "snapshots": []}
     torch.save(checkpoint, last)
     cli(*FIT, "--ckpt_path", "last", cwd=tmp_path)
     same_fit(reference, tmp_path / "checkpoints/demo")
