@@ -84,20 +84,9 @@ def test_an_unknown_field_is_one_sentence_with_the_fields():
         make_task("choice", {"template": "{question} {level}"}).example({**CHOICE, "level": None}, "r")
 
 
-def test_the_reference_prompts_of_the_guide():
+def test_the_template_of_the_guide_asks_in_its_own_words():
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n# reference prompts.*?\n(.*?)```", guide, re.DOTALL)
-    templates = yaml.safe_load(block)
-    rows = {
-        "mmlu": CHOICE, "mmlu_pro": PRO, "bbq": BBQ, "gsm8k": {"question": "Odd?", "answer": "#### 1"},
-        "simpleqa": {"problem": "Odd?", "answer": "1"}, "harmbench": {"prompt": "Odd?"},
-        "xstest": {"prompt": "Odd?", "label": "safe"},
-    }  # fmt: skip
-    assert set(templates) == set(rows)
-    ask = "Choose one of the following options only: "
-    asked = {task: make_task(task, {"template": templates[task]}).example(rows[task], "r").prompt for task in rows}
-    default = {task: make_task(task, {}).example(rows[task], "r").prompt for task in rows}
-    assert asked["mmlu"] == f"Odd?\n{LINES}\n{ask}A, B, C, or D\nAnswer:"
-    assert asked["bbq"] == f"Two met.\nWho?\nA. a\nB. b\nC. c\n{ask}A, B, or C\nAnswer:"
-    assert asked["mmlu_pro"] == f"Odd?\nA. x\nB. y\n{ask}{', '.join(f' {letter}' for letter in 'ABCDEFGHIJ')}\nAnswer:"
-    assert [task for task in rows if asked[task] == default[task]] == ["harmbench", "xstest"]
+    (block,) = re.findall(r"```yaml\n# prompts of one's own.*?\n(.*?)```", guide, re.DOTALL)
+    data = yaml.safe_load(block)["data"]
+    asked = make_task(data["task"], data["task_args"]).example({**CHOICE, "subject": "law"}, "r").prompt
+    assert asked == f"Odd?\n{LINES}\nReply with A, B, C, or D, and nothing else.\nAnswer:"
