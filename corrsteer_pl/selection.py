@@ -1,5 +1,6 @@
 """From scores to the features that steer: candidates, and the rules that choose among the tested ones."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.options import check_options
 from corrsteer_pl.stats.moments import Moments
 from corrsteer_pl.stats.scores import mean_right, mean_wrong
 
 SIGNS = ("both", "positive", "negative")
+# Fields of a selection that hold features.
+LISTS = ("features", "candidates", "ranking")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Feature:
         sign: ``positive`` or ``negative``: the sign of the correlation.
         coefficient: What its decoder direction is multiplied with, before ``scale``.
         correlation: Pearson correlation with the reward, in [-1, 1].
+        score: What it was ranked by, which is its correlation unless another score was chosen.
         active_right: Share of right samples on which it was active, in [0, 1].
         active_wrong: The same for wrong samples.
         mean_right: Mean pooled activation on right samples.
@@ -39,6 +44,7 @@ class Feature:
     sign: str
     coefficient: float
     correlation: float
+    score: float
     active_right: float
     active_wrong: float
     mean_right: float
@@ -63,6 +69,8 @@ class Selection:
         samples: Number of samples behind the correlations.
         reward: Mean reward of those samples.
         null_max_correlation: About the largest |r| per layer that chance alone gives.
+        score: Name of the score that ranked the features.
+        left_out: By layer, how many samples its correlations lack, because an activation was not finite.
         llm: Name and fingerprint of the model.
         saes: Name and fingerprints of the autoencoders.
     """
@@ -75,6 +83,8 @@ class Selection:
     samples: int
     reward: float
     null_max_correlation: float
+    score: str = "pearson"
+    left_out: dict[str, int] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     saes: dict[str, Any] = field(default_factory=dict)
 
@@ -85,29 +95,65 @@ class Selection:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Selection":
-        """Inverse of :meth:`as_dict`."""
-        lists = {name: tuple(Feature(**f) for f in plain[name]) for name in ("features", "candidates", "ranking")}
-        return cls(**{**plain, **lists})
+        """Inverse of :meth:`as_dict`.
+
+        Raises:
+            UserError: A field is missing, of another type, or holds what cannot be.
+        """
+        try:
+            check_options(cls, {k: v for k, v in plain.items() if k not in LISTS}, "selection")
+            lists = {name: tuple(_read_feature(f) for f in plain[name]) for name in LISTS}
+            found = cls(**{**plain, **lists})
+            if found.rule not in RULES or not _finite(found) or found.samples < 0:
+                raise ValueError("the rule is not known, or a number is not finite")
+        except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"the checkpoint is damaged: its selection cannot be read ({error}). Fit again to make a new one."
+            ) from error
+        return found
 
 
-def rank(scores: Tensor, k: int) -> tuple[list[int], list[int]]:
-    """The ``k`` features of the largest positive and of the most negative scores, ties by lower index.
+def _read_feature(plain: dict[str, Any]) -> Feature:
+    check_options(Feature, plain, "feature")
+    feature = Feature(**plain)
+    if feature.index < 0 or feature.layer < 0 or feature.sign not in SIGNS[1:] or not _finite(feature):
+        raise ValueError(f"feature {feature.layer}/{feature.index} has a value that cannot be")
+    return feature
+
+
+def _finite(record: Any) -> bool:
+    return all(math.isfinite(value) for value in vars(record).values() if isinstance(value, float))
+
+
+def rank(scores: Tensor, correlations: Tensor, k: int) -> tuple[list[int], list[int]]:
+    """The ``k`` features of the largest scores among those that correlate positively, and among the others.
+
+    Ties go to the lower index. A feature that does not correlate, or has no score, is in neither list.
+
+    Shape:
+        - scores, correlations: ``(n_features,)``. The size of a score counts, not its sign.
 
     Example:
-        >>> rank(torch.tensor([0.1, -0.4, 0.3, 0.3, 0.0]), k=2)
+        >>> r = torch.tensor([0.1, -0.4, 0.3, 0.3, 0.0])
+        >>> rank(r, r, k=2)
         ([2, 3], [1])
+        >>> rank(torch.tensor([9., 1., 2., 0., 5.]), r, k=2)
+        ([0, 2], [1])
     """
 
-    def best(values: Tensor) -> list[int]:
-        order = torch.sort(values, descending=True, stable=True).indices[:k]
-        return [i for i in order.tolist() if values[i] > 0]
+    def best(wanted: Tensor) -> list[int]:
+        sizes = torch.where(wanted, scores.abs(), 0)
+        order = torch.sort(sizes, descending=True, stable=True).indices[:k]
+        return [i for i in order.tolist() if sizes[i] > 0]
 
-    return best(scores), best(-scores)
+    return best(correlations > 0), best(correlations < 0)
 
 
-def describe(moments: Moments, scores: Tensor, coefficients: Tensor, layer: int, site: str, index: int) -> Feature:
+def describe(
+    moments: Moments, correlations: Tensor, scores: Tensor, coefficients: Tensor, layer: int, site: str, index: int
+) -> Feature:
     """Everything the sums say about one feature. A negative feature gets the coefficient ``-|c|``."""
-    correlation, coefficient = scores[index].item(), coefficients[index].item()
+    correlation, coefficient = correlations[index].item(), coefficients[index].item()
     n_wrong = (moments.n - moments.n_right).clamp(min=1)
     return Feature(
         layer=layer,
@@ -116,6 +162,7 @@ def describe(moments: Moments, scores: Tensor, coefficients: Tensor, layer: int,
         sign="positive" if correlation > 0 else "negative",
         coefficient=coefficient if correlation > 0 else -abs(coefficient),
         correlation=correlation,
+        score=scores[index].item(),
         active_right=(moments.active_right[index] / moments.n_right.clamp(min=1)).item(),
         active_wrong=(moments.active_wrong[index] / n_wrong).item(),
         mean_right=mean_right(moments)[index].item(),
@@ -169,8 +216,11 @@ def select(rule: str, candidates: Sequence[Feature], baseline: float | None) -> 
         candidates: Features with their validation rewards.
         baseline: Unsteered validation reward.
 
+    Candidates of equal validation reward are told apart by the larger correlation, then the lower layer, then the lower
+    index. The method's public reference takes the positive one of a layer instead, and leaves out layer 0.
+
     Source:
-        CorrSteer, arXiv 2508.12535, section 3.
+        CorrSteer, arXiv 2508.12535, section 3; seonglae/CorrSteer.
     """
     return tuple(RULES[rule](candidates, baseline if baseline is not None else 0.0))
 

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 Z_95 = 1.959963984540054
+# Rewards lie in [0, 1], and are computed in float64 or, by classifiers, in float32 with steps of 6e-8: what differs by
+# less than this is the rounding of one and the same reward.
+TOLERANCE = 1e-6
+MCNEMAR, SIGNED_RANK = "McNemar's exact test", "Wilcoxon's signed-rank test"
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,50 @@ def sign_test(worse: int, better: int) -> float:
     For rewards of 0 and 1 this is McNemar's exact test. 1 when nothing changed.
 
     Example:
-        >>> sign_test(worse=1, better=9)
-        0.021484375
+        >>> round(sign_test(worse=1, better=9), 6)
+        0.021484
     """
-    changed, fewer = worse + better, min(worse, better)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    from scipy.stats import binomtest  # slow to import, and not needed before the end of a test
+
+    return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
+
+
+def signed_rank_test(differences: Tensor) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test that differences ``(n,)`` are symmetric around 0.
+
+    Unlike the sign test it takes into account how much graded rewards differ. 1 when there is no difference.
+
+    Example:
+        >>> round(signed_rank_test(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, -0.05])), 6)
+        0.0625
+    """
+    from scipy.stats import wilcoxon  # slow to import, and not needed before the end of a test
+
+    return float(wilcoxon(differences.numpy()).pvalue) if len(differences) else 1.0
 
 
 def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
     """Compare the rewards of the same samples.
 
     The interval is the large-sample 95 % interval of the mean paired difference (normal quantile, sample
-    variance of the differences); below about 30 changed samples trust the p-value rather than the interval.
+    variance of the differences); below about 30 changed samples trust the p-value rather than the interval. Rewards
+    that differ by no more than :data:`TOLERANCE` count as equal. The test is McNemar's exact one for rewards of 0 and
+    1, Wilcoxon's signed-rank test for graded ones.
 
     Shape:
         - baseline, steered: ``(n,)``, rewards in [0, 1].
 
     Returns:
-        ``n, reward_baseline, reward_steered, difference, ci_low, ci_high, p_value, better, worse, changed,
+        ``n, reward_baseline, reward_steered, difference, ci_low, ci_high, p_value, test, better, worse, changed,
         side_effect_ratio``; rewards and differences in [-1, 1], not percent.
     """
-    baseline, steered = baseline.double(), steered.double()
+    baseline, steered = baseline.cpu().double(), steered.cpu().double()
     difference = steered - baseline
+    changed = difference[difference.abs() > TOLERANCE]
     n, mean = len(difference), difference.mean().item()
     half = Z_95 * difference.std().item() / math.sqrt(n) if n > 1 else math.nan
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    better, worse = int((changed > 0).sum()), int((changed < 0).sum())
+    graded = bool(((baseline != baseline.round()) | (steered != steered.round())).any())
     return {
         "n": n,
         "reward_baseline": baseline.mean().item(),
@@ -76,7 +98,8 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
         "difference": mean,
         "ci_low": mean - half if n > 1 else None,
         "ci_high": mean + half if n > 1 else None,
-        "p_value": sign_test(worse, better),
+        "p_value": signed_rank_test(changed) if graded else sign_test(worse, better),
+        "test": SIGNED_RANK if graded else MCNEMAR,
         "better": better,
         "worse": worse,
         "changed": better + worse,

@@ -24,6 +24,9 @@ def selection_table(selection: Selection) -> Table:
             f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
         ),
     )
+    if selection.left_out:
+        lacking = ", ".join(f"{count} of layer {layer}" for layer, count in selection.left_out.items())
+        table.caption = f"{table.caption}\nleft out, for activations that are not finite: {lacking}"
     for heading in ("site", "feature", "r", "coefficient", "validation %", "selected"):
         table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for f in selection.candidates:
@@ -39,8 +42,8 @@ def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
     table = Table(
         title=title,
         caption=(
-            "reward in percent; interval: 95 %, paired; p: exact sign test (McNemar's for rewards of 0 and 1); "
-            "SER: share of changed samples that got worse"
+            f"reward in percent; interval: 95 %, paired; p: {metrics['test']}; SER: share of changed samples that got "
+            "worse"
         ),
     )
     for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):

@@ -61,6 +61,10 @@ class Accumulator(nn.Module):
         """The merged sums."""
         return self.merged[self._key(layer, pool)]
 
+    def left_out(self, layer: int, pool: str) -> int:
+        """How many samples the merged sums of a layer lack, because an activation was not finite."""
+        return round(self.moments(layer, pool).n_left_out.item())
+
     def so_far(self, layer: int, pool: str) -> Moments:
         """A copy of the merged sums with this process's own since then, for display."""
         key = self._key(layer, pool)

@@ -1,14 +1,17 @@
 """From the running sums of all layers to ranked features."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.selection import Feature, describe, rank
-from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, pearson
+from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, pearson
 from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
 
 
@@ -20,30 +23,59 @@ def rank_features(
     Args:
         sums: Merged sums.
         saes: The autoencoders, by layer.
-        options: ``pool, coefficient_pool, coefficient, topk, sign`` of :class:`~corrsteer_pl.CorrSteer`.
+        options: ``pool, coefficient_pool, coefficient, score, topk, sign`` of :class:`~corrsteer_pl.CorrSteer`.
     """
     ranking: list[Feature] = []
     candidates: list[Feature] = []
     for layer, sae in saes.items():
         moments = sums.moments(layer, options["pool"])
-        scores = pearson(moments)
-        coefficient_pool = options["coefficient_pool"] or options["pool"]
-        coefficients = COEFFICIENTS[options["coefficient"]](sums.moments(layer, coefficient_pool))
-        for sign, indices in zip(("positive", "negative"), rank(scores, options["topk"]), strict=True):
-            if options["sign"] in ("both", sign):
-                top = [describe(moments, scores, coefficients, layer, str(sae.site), i) for i in indices]
-                ranking += [replace(feature, neuronpedia=sae.page(feature.index)) for feature in top]
-                candidates += ranking[len(ranking) - len(top) :][:1]
+        correlations, scores = pearson(moments), SCORES[options["score"]].compute({"moments": moments})
+        coefficients = _coefficients(sums.moments(layer, options["coefficient_pool"] or options["pool"]), options)
+        signed = zip(("positive", "negative"), rank(scores, correlations, options["topk"]), strict=True)
+        for indices in (indices for sign, indices in signed if options["sign"] in ("both", sign)):
+            site = str(sae.site)
+            top = [describe(moments, correlations, scores, coefficients, layer, site, i) for i in indices]
+            top = [replace(feature, neuronpedia=sae.page(feature.index)) for feature in top]
+            ranking += top
+            candidates += top[:1]
     return tuple(ranking), tuple(candidates)
+
+
+def _coefficients(moments: Moments, options: Mapping[str, Any]) -> Tensor:
+    if options["coefficient"] == "difference" and moments.n > 0 and moments.n == moments.n_right:
+        raise UserError(
+            f"model.coefficient is difference, but all {round(moments.n.item())} rewards are above 0, so there are no "
+            "wrong samples to differ from. Use mean, or a reward that is 0 for a wrong answer."
+        )
+    return COEFFICIENTS[options["coefficient"]](moments)
+
+
+def judge_left_out(sums: Accumulator, pool: str, dtypes: str) -> dict[str, int]:
+    """By layer, how many samples its sums lack because an activation was not finite, where there are any.
+
+    A warning counts them.
+
+    Raises:
+        UserError: A layer lacks more than half of the samples.
+    """
+    lacking = {layer: sums.left_out(layer, pool) for layer in sums.widths}
+    lacking = {layer: count for layer, count in lacking.items() if count}
+    for layer, count in lacking.items():
+        seen = count + round(sums.moments(layer, pool).n.item())
+        sentence = f"{count} of {seen} samples have activations in layer {layer} that are not finite ({dtypes})"
+        if 2 * count > seen:
+            raise UserError(f"{sentence}. Set model.dtype and model.sae_dtype to bfloat16 or float32.")
+        warnings.warn(f"{sentence}; they are left out of its correlations.", stacklevel=2)
+    return {str(layer): count for layer, count in lacking.items()}
 
 
 def leading_features(sums: Accumulator, saes: Mapping[int, SparseAutoencoder], pool: str) -> list[Feature]:
     """Each layer's top features by this process's sums so far, the largest |r| first, for display."""
     found = []
     for layer, sae in saes.items():
-        scores = pearson(moments := sums.so_far(layer, pool))
-        positive, negative = rank(scores, 1)
-        found += [describe(moments, scores, scores, layer, str(sae.site), i) for i in positive + negative]
+        r = pearson(moments := sums.so_far(layer, pool))
+        positive, negative = rank(r, r, 1)
+        found += [describe(moments, r, r, r, layer, str(sae.site), i) for i in positive + negative]
     return sorted(found, key=lambda feature: -abs(feature.correlation))
 
 
@@ -73,4 +105,5 @@ def require_different(moments: Moments) -> None:
 
 def fit_probe(moments: Moments, topk: int) -> Probe:
     """A probe on the ``topk`` features of each sign."""
-    return Probe.fit(moments, [i for some in rank(pearson(moments), topk) for i in some])
+    r = pearson(moments)
+    return Probe.fit(moments, [i for some in rank(r, r, topk) for i in some])

@@ -18,6 +18,7 @@ from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.methods.base import Method, Settings
 from corrsteer_pl.methods.candidates import (
     fit_probe,
+    judge_left_out,
     leading_features,
     mean_reward,
     rank_features,
@@ -34,7 +35,7 @@ from corrsteer_pl.models.pooling import POOLS
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, reselect, select, tested
-from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, null_max_correlation
+from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, null_max_correlation
 
 
 class CorrSteer(Method):
@@ -62,6 +63,8 @@ class CorrSteer(Method):
         coefficient_pool: The same for the coefficient; None for the same as ``pool``.
         coefficient: ``mean`` over right samples, ``active_mean`` over those on which the feature is active, or
             the ``difference`` between right and wrong samples.
+        score: What features are ranked by: ``pearson`` correlation, as the paper does, or the ``mean_difference``
+            between right and wrong samples. The sign of its correlation makes one a positive or a negative candidate.
         scale: Factor on all coefficients.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
             or ``first_k`` generated tokens.
@@ -100,7 +103,7 @@ class CorrSteer(Method):
 
     inspection = SteeringInspection
     settings = Settings(
-        settled=("pool", "coefficient_pool", "coefficient", "site"),
+        settled=("pool", "coefficient_pool", "coefficient", "score", "site"),
         resumed=("dtype", "sae_dtype"),
         tested=("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     )
@@ -117,6 +120,7 @@ class CorrSteer(Method):
         pool: Literal["max", "mean", "all"] = "max",
         coefficient_pool: Literal["max", "mean", "all"] | None = None,
         coefficient: Literal["mean", "active_mean", "difference"] = "mean",
+        score: Literal["pearson", "mean_difference"] = "pearson",
         scale: float = 1.0,
         positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
         first_k: int = 1,
@@ -151,7 +155,7 @@ class CorrSteer(Method):
     def _check_options(self) -> None:
         h = self.hparams
         allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
-        allowed["check_alignment"] = CHECKS
+        allowed |= {"check_alignment": CHECKS, "score": SCORES}
         if h["coefficient_pool"] is not None:
             allowed["coefficient_pool"] = POOLS
         for name, values in allowed.items():
@@ -216,6 +220,7 @@ class CorrSteer(Method):
             raise self.unfitted()
         self._require_saes()
         self.sums.merge()
+        self._left_out = judge_left_out(self.sums, self.hparams["pool"], self._precision)
         if self.has_seen_all:
             require_different(self._moments)
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
@@ -248,6 +253,10 @@ class CorrSteer(Method):
         """Sums of one layer, for what all layers share."""
         return self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
 
+    @property
+    def _precision(self) -> str:
+        return f"the model is in {self.hparams['dtype']}, the SAEs are in {self.hparams['sae_dtype']}"
+
     def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
         return Selection(
             rule=self.hparams["rule"],
@@ -258,6 +267,8 @@ class CorrSteer(Method):
             samples=self.counted,
             reward=mean_reward(self._moments),
             null_max_correlation=null_max_correlation(self._moments.n_features, self.counted),
+            score=self.hparams["score"],
+            left_out=self._left_out,
             llm=self.llm.identity,
             saes=self._identity or {},
         )

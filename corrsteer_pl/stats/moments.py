@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-SCALARS = ("n", "y", "yy", "n_right")
+SCALARS = ("n", "y", "yy", "n_right", "n_left_out")
 VECTORS = ("x", "xx", "xy", "xxy", "x_right", "active_right", "active_wrong")
 # Features at a time, so that a batch of them in float64 stays in a processor's caches and memory is read once.
 CHUNK = 4096
@@ -25,6 +25,7 @@ class Moments(nn.Module):
     Attributes:
         n, y, yy, n_right: Scalars: the sum of weights, of rewards, of squared rewards, and the weight of
             the right samples.
+        n_left_out: Weight of the samples that none of the other sums has, because an activation was not finite.
         x, xx, xy, xxy, x_right, active_right, active_wrong: ``(n_features,)``: sums of the products that
             the names spell, x over the right samples, and how many right and wrong samples are active.
 
@@ -44,6 +45,7 @@ class Moments(nn.Module):
     y: Tensor
     yy: Tensor
     n_right: Tensor
+    n_left_out: Tensor
     x: Tensor
     xx: Tensor
     xy: Tensor
@@ -66,8 +68,13 @@ class Moments(nn.Module):
         device = self.n.device
         y = y.to(device, torch.float64)  # (B,)
         w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
+        finite = x.isfinite().all(1).to(device)  # (B,)
+        left_out = w[~finite].sum()
+        if not finite.all():
+            # One value that is not finite would make all sums of its feature so.
+            x, w = x.to(device).masked_fill(~finite.unsqueeze(1), 0), w * finite
         right = w * (y > 0)
-        for name, total in zip(SCALARS, (w.sum(), w @ y, w @ (y * y), right.sum()), strict=True):
+        for name, total in zip(SCALARS, (w.sum(), w @ y, w @ (y * y), right.sum(), left_out), strict=True):
             getattr(self, name).add_(total)
         weights = torch.stack([w, w * y, right, w - right])  # (4, B)
         for start in range(0, self.n_features, CHUNK):

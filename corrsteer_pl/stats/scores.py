@@ -1,7 +1,9 @@
 """Scores that rank features, and coefficients that steer them, as functions of :class:`Moments`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +72,24 @@ def null_max_correlation(n_features: int, n_samples: float) -> float:
     return min(1.0, math.sqrt(2 * math.log(max(n_features, 1)) / n_samples)) if n_samples else 1.0
 
 
-SCORES: dict[str, Callable[[Moments], Tensor]] = {"pearson": pearson}
+@dataclass(frozen=True)
+class Score:
+    """A score that ranks features.
+
+    Attributes:
+        needs: The statistics that it is computed from, by name; a fit keeps those that its score needs.
+        compute: Makes scores ``(n_features,)`` of statistics by name. Their size ranks; which way a feature steers is
+            the sign of its correlation.
+    """
+
+    needs: tuple[str, ...]
+    compute: Callable[[Mapping[str, Any]], Tensor]
+
+
+SCORES: dict[str, Score] = {
+    "pearson": Score(("moments",), lambda statistics: pearson(statistics["moments"])),
+    "mean_difference": Score(("moments",), lambda statistics: class_difference(statistics["moments"])),
+}
 COEFFICIENTS: dict[str, Callable[[Moments], Tensor]] = {
     "mean": mean_right,
     "active_mean": mean_active_right,

@@ -54,7 +54,7 @@ def test_a_fit_leaves_its_results(here):
     selection = json.loads(Path("checkpoints/demo/selection.json").read_text())
     assert selection["samples"] == 96
     assert selection["llm"]["name"] == "demo"
-    keys = {"layer", "site", "index", "sign", "coefficient", "correlation", "active_right", "active_wrong"}
+    keys = {"layer", "site", "index", "sign", "coefficient", "correlation", "score", "active_right", "active_wrong"}
     assert keys | {"mean_right", "mean_wrong", "validation_reward", "neuronpedia"} == set(selection["candidates"][0])
     assert yaml.safe_load(Path("checkpoints/demo/config.yaml").read_text())["data"]["train_size"] == 96
 

@@ -48,3 +48,45 @@ def test_groups_are_compared_separately():
     assert m["groups"]["b"]["difference"] == -1
     assert m["n"] == 3
     assert compare_outcomes([outcome("", 0.0, 1.0)])["groups"] == {}
+
+
+def test_rounding_of_a_graded_reward_is_no_change():
+    before = torch.tensor([0.3, 0.7, 0.5, 0.2], dtype=torch.float64)
+    m = paired_metrics(before, before + torch.tensor([1e-12, -1e-9, 1e-7, 0.25]))
+    assert (m["better"], m["worse"], m["changed"], m["side_effect_ratio"]) == (1, 0, 1, 0)
+
+
+def test_graded_rewards_are_tested_by_signed_ranks():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(40, generator=generator).double()
+    after = (before + 0.1 * torch.randn(40, generator=generator).double() + 0.03).clamp(0, 1)
+    m = paired_metrics(before, after)
+    assert m["test"] == "Wilcoxon's signed-rank test"
+    # By hand: ranks of the sizes, summed over gains and over losses.
+    d = (after - before).numpy()
+    d = d[np.abs(d) > 1e-6]
+    ranks = stats.rankdata(np.abs(d))
+    smaller = min(ranks[d > 0].sum(), ranks[d < 0].sum())
+    counts = np.zeros(len(d) * (len(d) + 1) // 2 + 1)
+    counts[0] = 1
+    for rank in range(1, len(d) + 1):
+        counts[rank:] += counts[:-rank].copy()
+    assert m["p_value"] == pytest.approx(min(1, 2 * counts[: int(smaller) + 1].sum() / 2.0 ** len(d)))
+
+
+def test_rewards_of_zero_and_one_are_tested_exactly():
+    m = paired_metrics(torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 1, 1]))
+    assert m["test"] == "McNemar's exact test"
+    assert m["p_value"] == pytest.approx(0.625)
+    same = torch.tensor([0.5, 0.25])
+    assert paired_metrics(same, same)["p_value"] == 1
+
+
+def test_many_changes_are_tested_as_quickly_as_few():
+    rewards = torch.randint(0, 2, (2, 40_000), generator=torch.Generator().manual_seed(0)).double()
+    m = paired_metrics(*rewards)
+    assert m["changed"] > 15_000
+    worse, better = m["worse"], m["better"]
+    # The normal approximation is good to three digits here.
+    z = (abs(better - worse) - 1) / (better + worse) ** 0.5
+    assert m["p_value"] == pytest.approx(2 * stats.norm.sf(z), rel=1e-2)

@@ -35,7 +35,8 @@ def changed(whole, change):
 def test_the_record_says_where_a_checkpoint_comes_from(whole):
     record = Provenance.read(torch.load(whole, weights_only=True))
     assert (record.format, record.method, record.counted) == (FORMAT, "corrsteer", 96)
-    assert record.settled == {"pool": "max", "coefficient_pool": None, "coefficient": "mean", "site": "declared"}
+    settled = {"pool": "max", "coefficient_pool": None, "coefficient": "mean", "score": "pearson", "site": "declared"}
+    assert record.settled == settled
     assert record.resumed == {"dtype": "float32", "sae_dtype": "float32"}
     assert set(record.versions) == {"corrsteer_pl", "torch", "lightning", "transformers", "sae-lens"}
     assert set(record.saes["fingerprints"]) == {"0", "1", "2", "3"}

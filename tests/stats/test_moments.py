@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from corrsteer_pl.stats import COEFFICIENTS, Moments, null_max_correlation, pearson
+from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, null_max_correlation, pearson
 
 
 def filled(x, y, weight=None, batch_size=64):
@@ -110,9 +110,44 @@ def test_casts_leave_float64(cast, activations):
 
 def test_memory_does_not_grow_with_samples(activations):
     moments = filled(activations, torch.ones(500))
-    assert sum(buffer.numel() for buffer in moments.buffers()) == 4 + 7 * 40
+    assert sum(buffer.numel() for buffer in moments.buffers()) == 5 + 7 * 40
 
 
 def test_null_correlation_shrinks_with_samples():
     assert [round(null_max_correlation(16384, n), 2) for n in (108, 400, 4000)] == [0.42, 0.22, 0.07]
     assert null_max_correlation(10, 0) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_samples_that_are_not_finite_are_left_out_and_counted(bad):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(20, 5, generator=generator), torch.rand(20, generator=generator).round()
+    spoilt = x.clone()
+    spoilt[3, 2] = spoilt[7, 0] = spoilt[9, 4] = bad
+    weight = torch.ones(20)
+    weight[9] = 0  # a filler, which counts nowhere
+    moments, clean = Moments(5), Moments(5)
+    for part in (slice(0, 8), slice(8, 20)):
+        moments.update(spoilt[part], y[part], weight[part])
+    kept = [i for i in range(20) if i not in (3, 7, 9)]
+    clean.update(x[kept], y[kept])
+    assert moments.n_left_out == 2
+    clean.n_left_out += 2
+    for mine, theirs in zip(moments.buffers(), clean.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert pearson(moments).abs().max() > 0
+    other = Moments(5)
+    other.absorb(moments)
+    assert other.n_left_out == 2
+
+
+def test_scores_say_which_statistics_they_need():
+    x, y = torch.rand(30, 4), torch.rand(30).round()
+    moments = Moments(4)
+    moments.update(x, y)
+    for score in SCORES.values():
+        assert set(score.needs) <= {"moments"}
+        assert score.compute({"moments": moments}).shape == (4,)
+    expected = x[y > 0].double().mean(0) - x[y == 0].double().mean(0)
+    torch.testing.assert_close(SCORES["mean_difference"].compute({"moments": moments}), expected)
+    torch.testing.assert_close(SCORES["pearson"].compute({"moments": moments}), pearson(moments))
