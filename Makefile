@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format bench table clean
+.PHONY: help demo test check format bench table clean check-latest
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,12 @@ check: $(READY)  ## formatting, lint, types, doctests and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
 	$(BIN)/python -m benchmarks --quick > /dev/null
 
+check-latest:  ## the quick tests with the newest versions of all dependencies but torch
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-latest/bin/pip install --quiet --upgrade --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
+
 format: $(READY)  ## format and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -43,4 +49,4 @@ table: $(READY)  ## write the table of results into the README
 	$(BIN)/python -m corrsteer_pl.demo.results --readme README.md
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-latest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

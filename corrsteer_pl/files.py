@@ -11,6 +11,8 @@ from corrsteer_pl.errors import UserError, choices, one_line
 
 # The checkpoint of a run.
 LAST = "last.ckpt"
+# Bytes that a file system allows for a name.
+LONGEST_NAME = 255
 
 
 def exists(path: str) -> bool:
@@ -33,12 +35,12 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: They cannot.
     """
+    instead = "Set --trainer.default_root_dir to a folder that can."
+    if "\0" in str(folder) or any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise UserError(f"{folder} cannot be written: a part of its name is too long, or no name at all. {instead}")
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(
-            f"{folder} cannot be written: {nearest} is no folder, or not yours to write. "
-            "Set --trainer.default_root_dir to a folder that can."
-        )
+        raise UserError(f"{folder} cannot be written: {nearest} is no folder, or not yours to write. {instead}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from corrsteer_pl.cli.safe_yaml import read_yaml
 from corrsteer_pl.errors import UserError, choices, nearest, one_line
 from corrsteer_pl.files import LAST
 from corrsteer_pl.methods.registry import DEFAULT
@@ -91,8 +92,18 @@ def given_options(args: Sequence[str]) -> dict[str, Any]:
         elif name in NESTED:
             given |= flatten({name: parsed(value)}) or {name: value}
         else:
+            _check_value(name, value)
             given[name] = value
     return given
+
+
+def _check_value(name: str, value: str) -> None:
+    """Refuse a list or a mapping that the parser would take long to read, or read half of."""
+    if value[:1] in ("[", "{"):
+        try:
+            read_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {name} is no valid YAML ({one_line(error)}).") from error
 
 
 def given_method(args: Sequence[str]) -> str:
@@ -195,7 +206,7 @@ def _with(base: Any, path: Sequence[str], value: Any) -> Any:
 def parsed(text: Any) -> Any:
     """A value of the command line, read as YAML; text that is none stays as it is."""
     try:
-        return yaml.safe_load(text) if isinstance(text, str) else text
+        return read_yaml(text) if isinstance(text, str) else text
     except yaml.YAMLError:
         return text
 
@@ -204,7 +215,7 @@ def _read_config(value: str) -> dict[str, Any]:
     """The options of a configuration file, or of JSON in its place."""
     try:
         text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
-        settings = yaml.safe_load(text) or {}
+        settings = read_yaml(text) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"the configuration {value} is no valid YAML ({one_line(error)}).") from error
     if not isinstance(settings, dict):

@@ -1,8 +1,8 @@
 """Lightning's command line: ``fit``, ``validate``, ``test``, ``predict``, and ``doctor``, which prepares a fit."""
 
+import errno
 import logging
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,14 +14,18 @@ from transformers.utils import logging as transformers_logging
 
 from corrsteer_pl.cli.arguments import (
     checkpoint_path,
+    flatten,
     given_method,
     given_options,
     run_folder,
     with_checkpoint,
     with_whole_dicts,
 )
+from corrsteer_pl.cli.processes import is_told, tell
 from corrsteer_pl.cli.progress import Progress
+from corrsteer_pl.cli.safe_yaml import check_finite
 from corrsteer_pl.cli.tags import tag
+from corrsteer_pl.cli.trainer_options import check_trainer
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import measures_table, metrics_table, show
@@ -51,6 +55,10 @@ def run_stage(args: list[str]) -> int:
         if "val_check_interval" not in str(error):
             raise
         raise UserError(one_line(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{run_folder(given)} cannot be written to: {error.strerror}. Make room, and go on.") from error
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
     except SIGTERMException:
@@ -67,9 +75,12 @@ def run_stage(args: list[str]) -> int:
 
 
 def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
+    if how is signal.SIGTERM and is_told():
+        # Lightning ends all processes when one has ended.
+        return 2
     saved = (run_folder(given) / LAST).is_file()
     onwards = "a fit goes on from its last checkpoint with --ckpt_path last" if saved else "nothing has been saved yet"
-    sys.stderr.write(f"stopped by {how.name}; {onwards}\n")
+    tell(f"stopped by {how.name}; {onwards}")
     return 128 + how
 
 
@@ -162,11 +173,17 @@ class _Cli(LightningCLI):
         # Lightning would let the checkpoint override the user; with_checkpoint has put it below.
         pass
 
+    def _set_seed(self) -> None:
+        check_trainer({"seed_everything": self._get(self.config, "seed_everything")}, "fit")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         fitting = self.subcommand == "fit"
         if config.get("ckpt_path") and "ckpt_path" not in self._given:
             raise UserError("ckpt_path stands in a configuration; give it on the command line with --ckpt_path.")
+        check_finite(flatten({"model": config.model.as_dict(), "data": config.data.as_dict()}))
+        check_trainer(config.trainer.as_dict(), self.subcommand or "fit")
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(run_folder(self._given))
         check_writable(Path(config.trainer.default_root_dir))
@@ -210,6 +227,12 @@ class _Cli(LightningCLI):
 
     def after_fit(self) -> None:
         self._show(*self.model.tables(), self._written)
+        counted, samples = self.model.counted, len(self.datamodule.examples["train"])
+        if counted < samples and not self.model.trainer.fast_dev_run:
+            self._show(
+                f"The fit has counted {counted} of {samples} samples: max_time, max_steps or limit_train_batches ended "
+                "it. With --ckpt_path last, and without them, it goes on."
+            )
 
     def after_validate(self) -> None:
         self._show(*self.model.tables())

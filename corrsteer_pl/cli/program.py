@@ -1,6 +1,5 @@
 """The commands: which there are, and what runs each. Nothing large is imported before a command is known to be run."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from importlib import import_module
 
 from corrsteer_pl.cli.arguments import with_found_configs
 from corrsteer_pl.cli.options import check_names, command_help
+from corrsteer_pl.cli.processes import is_told, tell
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.version import __version__
 
@@ -49,8 +49,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _main(args)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
+        tell(f"error: {error}")
+        return 2
+    except RuntimeError:
+        # A process that waits for one that has ended fails in whichever exchange it is.
+        if not is_told():
+            raise
         return 2
 
 

@@ -68,10 +68,11 @@ class Moments(nn.Module):
         device = self.n.device
         y = y.to(device, torch.float64)  # (B,)
         w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
-        finite = x.isfinite().all(1).to(device)  # (B,)
-        left_out = w[~finite].sum()
-        if not finite.all():
-            # One value that is not finite would make all sums of its feature so.
+        left_out = torch.zeros_like(self.n)
+        # One value that is not finite makes this sum so, and would make all sums of its feature so.
+        if not x.sum().isfinite():
+            finite = x.isfinite().all(1).to(device)  # (B,)
+            left_out = w[~finite].sum()
             x, w = x.to(device).masked_fill(~finite.unsqueeze(1), 0), w * finite
         right = w * (y > 0)
         for name, total in zip(SCALARS, (w.sum(), w @ y, w @ (y * y), right.sum(), left_out), strict=True):

@@ -19,6 +19,7 @@ from tests.conftest import cli
 # 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
 DATA = ["--data.train_size=101", "--data.val_size=33", "--data.test_size=35", "--data.batch_size=1"]
 FIT = ["fit", "--config", "demo.yaml", *DATA, "--trainer.enable_progress_bar=false"]
+ROOT = Path(__file__).parents[2]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
 
 
@@ -181,6 +182,36 @@ if __name__ == "__main__":
     if trainer.is_global_zero:
         print("SELECTED", [(f.layer, f.index) for f in module.selection.features], module.selection.samples)
 """
+
+
+OWN_REWARD = """
+import os
+from corrsteer_pl.rewards import reward
+
+@reward
+def failing(text, gold):
+    if os.environ.get("LOCAL_RANK", "0") == os.environ["FAILS"]:
+        raise ValueError("it broke")
+    failing.calls = getattr(failing, "calls", 0) + 1
+    return failing.calls % 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_on_any_process_is_told_once_and_ends_all(tmp_path, rank):
+    (tmp_path / "mine.py").write_text(OWN_REWARD, encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", [{"q": f"Request: sing {i} songs", "a": "x"} for i in range(80)])
+    task = '{prompt: "{q}", answer: a, reward: mine.failing, max_new_tokens: 2}'
+    data = ["--data.task=generic", "--data.path=rows.jsonl", f"--data.task_args={task}", "--data.batch_size=4"]
+    done = cli(
+        "fit", "--model.llm=demo", "--model.saes=demo", *data, *TWO, "--trainer.enable_progress_bar=false",
+        cwd=tmp_path, check=False, env={"FAILS": rank, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: the reward mine.failing")
+    assert "it broke" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""One message where several processes run one command: the process that meets a mistake tells it, the others end."""
+
+import getpass
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STARTED = time.time()
+# What processes say of each other is waited for this long.
+PATIENCE = 10.0
+
+
+def tell(message: str) -> None:
+    """Write a message to standard error, unless another process of this run has told one."""
+    if _is_first():
+        sys.stderr.write(f"{message}\n")
+
+
+def is_told() -> bool:
+    """Whether another process of this run tells of a mistake, which then is why this one cannot go on."""
+    marker = _marker()
+    ends = time.monotonic() + (PATIENCE if marker else 0)
+    while marker and time.monotonic() < ends:
+        if _is_of_this_run(marker):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_first() -> bool:
+    marker = _marker()
+    if marker is None:
+        return True
+    if not _is_of_this_run(marker):
+        marker.unlink(missing_ok=True)
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_of_this_run(marker: Path) -> bool:
+    # Another run may have had the same port before.
+    return marker.exists() and marker.stat().st_mtime >= STARTED - PATIENCE
+
+
+def _marker() -> Path | None:
+    """A file that the processes of a run on this machine agree on by the port at which they meet; None if it is one."""
+    port = os.environ.get("MASTER_PORT")
+    return Path(tempfile.gettempdir(), f"corrsteer_pl-{getpass.getuser()}-{port}") if port else None

@@ -1,0 +1,68 @@
+"""Results are written whole or not at all."""
+
+import errno
+import os
+import subprocess
+
+import pytest
+
+from corrsteer_pl import CorrSteer, TaskDataModule
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import check_writable, write_atomically
+from corrsteer_pl.methods.run_files import RunFiles
+from tests.conftest import make_trainer
+
+
+def fills_the_disk(file):
+    file.write_text("half of it", encoding="utf-8")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomically(path, lambda file: file.write_text("old", encoding="utf-8"))
+    with pytest.raises(UserError, match=r"x.json cannot be written \(No space left on device\)"):
+        write_atomically(path, fills_the_disk)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path):
+    def interrupted(file):
+        file.write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "x.json", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 128 kB, less than a checkpoint needs."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine lets no file system be mounted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(small_disk):
+    (small_disk / "last.ckpt").write_bytes(b"old")
+    data = TaskDataModule(train_size=96, val_size=16)
+    options = {"callbacks": [RunFiles()], "enable_checkpointing": True, "default_root_dir": small_disk}
+    with pytest.raises(UserError, match=r"last.ckpt cannot be written \(No space left on device\)"):
+        make_trainer(**options).fit(CorrSteer("demo", "demo"), datamodule=data)
+    assert (small_disk / "last.ckpt").read_bytes() == b"old"
+    assert [path.name for path in small_disk.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/below"])
+def test_folders_that_cannot_be_are_one_sentence(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(tmp_path / name)
