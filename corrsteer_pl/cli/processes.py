@@ -36,7 +36,7 @@ def _is_first() -> bool:
     if not _is_of_this_run(marker):
         marker.unlink(missing_ok=True)
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        marker.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

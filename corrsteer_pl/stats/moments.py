@@ -68,19 +68,17 @@ class Moments(nn.Module):
         device = self.n.device
         y = y.to(device, torch.float64)  # (B,)
         w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
-        left_out = torch.zeros_like(self.n)
-        # One value that is not finite makes this sum so, and would make all sums of its feature so.
-        if not x.sum().isfinite():
-            finite = x.isfinite().all(1).to(device)  # (B,)
-            left_out = w[~finite].sum()
-            x, w = x.to(device).masked_fill(~finite.unsqueeze(1), 0), w * finite
+        # A sum over features is finite if they all are; it is not asked for, which would force a GPU sync.
+        spoilt = ~x.sum(1).isfinite().to(device)  # (B,)
+        left_out, w = (w * spoilt).sum(), w * ~spoilt
         right = w * (y > 0)
         for name, total in zip(SCALARS, (w.sum(), w @ y, w @ (y * y), right.sum(), left_out), strict=True):
             getattr(self, name).add_(total)
         weights = torch.stack([w, w * y, right, w - right])  # (4, B)
         for start in range(0, self.n_features, CHUNK):
             part = slice(start, start + CHUNK)
-            some = x[:, part].to(device, torch.float64)  # (B, chunk)
+            # Not even a weight of 0 keeps what is not finite out of a sum.
+            some = x[:, part].to(device, torch.float64, copy=True).masked_fill_(spoilt.unsqueeze(1), 0)  # (B, chunk)
             sums, squares = weights[:3] @ some, weights[:2] @ some.square()
             active = weights[2:] @ (some > 0).double()
             vectors = (sums[0], squares[0], sums[1], squares[1], sums[2], *active)

@@ -355,5 +355,5 @@ def test_prompts_that_come_one_by_one_share_a_prefix_too(llm):
     found = [decoder.generate(prompt) for prompt in prompts]
     handle.remove()
     assert found == [hf_texts(llm, prompt, 2) for prompt in prompts]
-    # The first prompt, and then the prefix; after that what comes behind it.
-    assert [tokens for tokens in read if tokens >= len(prefix)] == [len(prefix) + 1, len(prefix)]
+    # The whole first prompt, and then the prefix; after that what comes behind it.
+    assert [tokens for tokens in read if tokens >= len(prefix)] == [len(prefix) + 2, len(prefix)]

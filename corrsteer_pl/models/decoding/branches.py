@@ -94,8 +94,9 @@ class BatchRows:
 
     Args:
         llm: The model.
-        cache: Keys and values of every prompt token but the last, which is written to.
+        cache: Keys and values of prompt tokens, which is written to.
         attention_mask: ``(rows, prompt)``, 0 on padding.
+        unread: Prompt tokens ``(rows, n)`` that are not in the cache, read by the first step; None for the last alone.
         variants: How many rows there are of each prompt, side by side.
         additive: Whether masks are additive ones, ``(rows, 1, 1, keys)``: with others, transformers checks their values
             at each step, which forces a GPU sync.
@@ -106,17 +107,23 @@ class BatchRows:
         llm: LanguageModel,
         cache: DynamicCache,
         attention_mask: Tensor,
+        unread: Tensor | None = None,
         variants: int = 1,
         additive: bool = False,
     ) -> None:
-        self.llm, self.cache, self.mask, self.additive = llm, cache, attention_mask, additive
+        self.llm, self.cache, self.mask, self.additive, self.unread = llm, cache, attention_mask, additive, unread
         self.hides = not bool(attention_mask.all())
         self.next = positions_of(attention_mask)[:, -1:]  # (rows, 1)
         self.variant = (torch.arange(len(attention_mask), device=attention_mask.device) % variants).unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Read one more token of every row, ``(rows, 1)``; the logits ``(rows, 1, vocabulary)`` after it."""
-        logits = self.llm.forward(tokens, self._mask(), self.next, self.cache)
+        if self.unread is None:
+            logits = self.llm.forward(tokens, self._mask(), self.next, self.cache)
+        else:
+            positions = positions_of(self.mask)[:, -self.unread.shape[1] :]
+            logits = self.llm.forward(self.unread, self.mask if self.hides else None, positions, self.cache)
+            self.unread = None
         self.next = self.next + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         return logits

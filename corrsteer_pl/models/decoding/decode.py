@@ -121,7 +121,7 @@ class Decoder:
         """
         require_rows(self.llm)
         with reader.attached(self.llm.model) if reader else nullcontext():
-            tokens = self._decode(*self._prefill(prompts, reader), reader)
+            tokens = self._decode(*self._prefill(prompts, reader, whole=False), reader)
         self._refuse_overflow(tokens.finite, None)
         return self.llm.decode(tokens.ids, tokens.lengths)
 
@@ -202,11 +202,13 @@ class Decoder:
         else:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
-        return self._rows(own, repeated, count), repeated.input_ids[:, -1:]
+        return self._rows(own, repeated, variants=count), repeated.input_ids[:, -1:]
 
-    def _rows(self, cache: DynamicCache, prompts: Prompts, variants: int = 1) -> BatchRows:
+    def _rows(
+        self, cache: DynamicCache, prompts: Prompts, unread: Tensor | None = None, variants: int = 1
+    ) -> BatchRows:
         additive = isinstance(cache, FullCache) and self.llm.attention == "sdpa" and can_branch(self.llm)
-        return BatchRows(self.llm, cache, prompts.attention_mask, variants, additive)
+        return BatchRows(self.llm, cache, prompts.attention_mask, unread, variants, additive)
 
     def together(self, prompts: Prompts, count: int, branches: bool = False, most_together: int | None = None) -> int:
         """How many of ``count`` variants share a forward pass; passes are as equal in size as possible.
@@ -299,7 +301,12 @@ class Decoder:
         return Tokens(ids[:, : step + 1], lengths, finite)
 
     def _prefill(
-        self, prompts: Prompts, reader: PoolReader | None = None, branches: int = 0, share: bool = True
+        self,
+        prompts: Prompts,
+        reader: PoolReader | None = None,
+        branches: int = 0,
+        share: bool = True,
+        whole: bool = True,
     ) -> tuple[Prompts, DynamicCache]:
         """Read every prompt token but the last.
 
@@ -308,6 +315,7 @@ class Decoder:
             reader: Pools the prompt's tokens, if it reads them.
             branches: How many branches of a prompt will share the cache; then it keeps every token.
             share: Whether to reuse the prefix that earlier prompts share.
+            whole: Otherwise tokens that fit into one forward pass are left to the first step, which saves a pass.
 
         Returns:
             The prompts, whose padding may have moved behind a shared prefix, and the cache.
@@ -319,7 +327,8 @@ class Decoder:
         if share and isinstance(cache, FullCache) and can_leave_out(self.llm):
             mask = self._prefix.lay(ids, mask, cache)
         start, last = cache.get_seq_length(), ids.shape[1] - 1
-        if start < last:
+        left = not whole and not (reader and reader.reads_prompt) and self._at_once(len(ids), last + 1 - start)
+        if start < last and not left:
             cache = self._read(ids[:, start:last], mask[:, :last], cache, reader)
         return _Prompts(ids, mask), cache
 
@@ -329,17 +338,20 @@ class Decoder:
         On a CPU a few prompts are read at a time, because the activations of many would not fit into its caches.
         """
         new, reads = ids.shape[1], reader is not None and reader.reads_prompt
-        size = max(1, CPU_TOKENS // new)
-        if ids.device.type != "cpu" or size >= len(ids) or reads or not isinstance(cache, FullCache):
+        if self._at_once(len(ids), new) or reads or not isinstance(cache, FullCache):
             self.llm.forward(ids, mask, positions_of(mask)[:, -new:], cache)
             if reader and reads:
                 reader.read_prompt(mask[:, -new:].bool() & self.llm.is_text(ids))
             return cache
         parts = []
-        for rows in torch.arange(len(ids)).split(size):
+        for rows in torch.arange(len(ids)).split(max(1, CPU_TOKENS // new)):
             parts.append(cache.picked(rows))
             self.llm.forward(ids[rows], mask[rows], positions_of(mask[rows])[:, -new:], parts[-1])
         return joined(parts)
+
+    def _at_once(self, rows: int, tokens: int) -> bool:
+        """Whether so many rows of so many tokens are read best in one forward pass."""
+        return self.llm.device.type != "cpu" or rows == 1 or rows * tokens <= CPU_TOKENS
 
     def _read_prefix(self, ids: Tensor) -> FullCache:
         cache, mask = FullCache(), torch.ones_like(ids)
@@ -356,7 +368,8 @@ class Decoder:
         return window is None or prompts.input_ids.shape[1] + self.max_new_tokens <= window
 
     def _decode(self, prompts: Prompts, cache: Any, reader: PoolReader | None = None) -> Tokens:
-        return self._until_the_end(self._rows(cache, prompts), prompts.input_ids[:, -1:], reader)
+        unread = prompts.input_ids[:, cache.get_seq_length() :]
+        return self._until_the_end(self._rows(cache, prompts, unread), prompts.input_ids[:, -1:], reader)
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest token, and whether its logit is finite: it is NaN if any is."""
