@@ -174,6 +174,7 @@ class CorrSteer(Method):
 
     def begin(self) -> None:
         """Load the autoencoders, and set all sums to zero."""
+        self._identity = None
         self._require_saes()
         self._forget()
         self.sums = Accumulator({layer: sae.d_sae for layer, sae in self.saes.items()}, self.pools)
@@ -185,12 +186,17 @@ class CorrSteer(Method):
             self._identity = saes_identity(self.hparams["saes"], self.saes)
 
     def _load_saes(self, layers: list[int] | None = None) -> dict[int, SparseAutoencoder]:
+        """The autoencoders of some layers, which have to be those of the fit if there has been one."""
         # SAELens is slow to import, and testing a finished fit needs no autoencoder.
         from corrsteer_pl.models.sae_loading import load_saes
 
         h = self.hparams
         options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"], h["sae_revision"]
-        return load_saes(h["saes"], self.llm, layers or h["layers"], *options)
+        loaded = load_saes(h["saes"], self.llm, layers or h["layers"], *options)
+        if self._identity:
+            fitted = {str(layer): self._identity["fingerprints"].get(str(layer)) for layer in loaded}
+            check_saes({**self._identity, "fingerprints": fitted}, saes_identity(h["saes"], loaded))
+        return loaded
 
     @property
     def pools(self) -> list[str]:

@@ -292,6 +292,19 @@ def test_a_checkpoint_of_another_model_or_sae_is_refused(tmp_path, fitted, llm):
             )
 
 
+def test_saes_that_changed_since_the_fit_are_refused(tmp_path):
+    data, saes = TaskDataModule(**SMALL), random_saes(tmp_path / "saes", [1, 2])
+    module, trainer = CorrSteer("demo", str(saes), check_alignment="off"), make_trainer()
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    random_saes(saes, [1, 2], seed=1)
+    changed = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="which differ"):
+        make_trainer().validate(changed, datamodule=data)
+    # A test needs none of them.
+    make_trainer().test(CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt"), datamodule=data, verbose=False)
+
+
 def test_a_fit_goes_on_with_its_own_samples_and_precision_alone(tmp_path):
     rows = [{"prompt": f"Request: sing {i} songs\nResponse:", "a": ("Sure", "no")[i % 2]} for i in range(60)]
     task = {"task": "generic", "path": str(tmp_path / "rows.jsonl"), "batch_size": 8}
