@@ -30,7 +30,7 @@ def absolute(path: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """See whether results can be written below a folder that need not exist yet; makes nothing.
+    """Check that results can be written below a folder that need not exist yet; makes nothing.
 
     Raises:
         UserError: They cannot.
@@ -155,7 +155,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    # Not needed by most runs, and slow to import.
+    # Imported here because it is slow to import and most runs do not need it.
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 

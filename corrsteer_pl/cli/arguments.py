@@ -16,13 +16,13 @@ from corrsteer_pl.methods.registry import DEFAULT
 from corrsteer_pl.options import import_paths
 
 STAGES = ("fit", "validate", "test", "predict")
-# Options that hold options, which stand below a common prefix.
+# The groups of options, each with a common prefix.
 PARTS = ("model", "data", "trainer", "results")
 RUNS = Path("checkpoints")
 # In an installed package the configurations lie inside it, in a clone beside it.
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
-# Options that hold options by name.
+# Options whose values are dictionaries.
 NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args")
 CODE = "model.llm_args.trust_remote_code"
 FLAGS = ("-h", "--help", "--print_config")
@@ -149,7 +149,7 @@ def checkpoint_path(command: str, given: dict[str, Any]) -> Path | None:
 
 
 def refuse_code(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """See to it that a checkpoint runs no code but what the user names anew.
+    """Refuse a checkpoint that would run code, unless the user names the same code anew.
 
     Raises:
         UserError: The checkpoint names code of a model's repository, or a task or a reward by an import path.

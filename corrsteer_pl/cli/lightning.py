@@ -67,7 +67,7 @@ def run_stage(args: list[str]) -> int:
     except KeyboardInterrupt:
         return _stopped(signal.SIGINT, given)
     except SystemExit as end:
-        # Lightning's own end after Ctrl-C.
+        # Lightning turns Ctrl-C into SystemExit.
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
         return _stopped(signal.SIGINT, given)
@@ -76,7 +76,7 @@ def run_stage(args: list[str]) -> int:
 
 def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
     if how is signal.SIGTERM and is_told():
-        # Lightning ends all processes when one has ended.
+        # Lightning's launcher sends SIGTERM to all processes when one has failed.
         return 2
     saved = (run_folder(given) / LAST).is_file()
     onwards = "a fit goes on from its last checkpoint with --ckpt_path last" if saved else "nothing has been saved yet"
@@ -170,7 +170,7 @@ class _Cli(LightningCLI):
         parser.set_defaults({"results.every_n_train_steps": 50})
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the checkpoint override the user; with_checkpoint has put it below.
+        # Lightning would let the checkpoint's options override the user's; with_checkpoint has already merged them.
         pass
 
     def _set_seed(self) -> None:
@@ -204,7 +204,7 @@ class _Cli(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        # Before other processes start, each of which would say the same.
+        # Check before other processes start, so that the error is raised once.
         self.model.check_processes(self.trainer.world_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 STARTED = time.time()
-# What processes say of each other is waited for this long.
+# Seconds to wait for another process's message.
 PATIENCE = 10.0
 
 

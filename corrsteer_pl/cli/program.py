@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         tell(f"error: {error}")
         return 2
     except RuntimeError:
-        # A process that waits for one that has ended fails in whichever exchange it is.
+        # When one process has failed, the others' collective operations fail with a RuntimeError.
         if not is_told():
             raise
         return 2

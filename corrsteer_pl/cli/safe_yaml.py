@@ -9,7 +9,7 @@ import yaml
 
 from corrsteer_pl.errors import UserError, one_line
 
-# No configuration needs more; what has more is a mistake, or meant to exhaust the machine.
+# Limits far above what a configuration needs, against files that would exhaust the machine.
 DEEPEST, MOST_VALUES, LONGEST_NUMBER = 32, 100_000, 400
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -81,7 +81,7 @@ def _check(whole: Any) -> None:
     while waiting:
         value, depth = waiting.pop()
         count += 1
-        # What contains itself goes on for ever; what many aliases repeat, for too long.
+        # A value that contains itself has no end, and nested aliases multiply.
         if count > MOST_VALUES or depth > DEEPEST:
             raise yaml.YAMLError(f"a part that contains itself, or more than {MOST_VALUES} values")
         if isinstance(value, str) and SURROGATE.search(value):

@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def examine(method: Method, datamodule: TaskDataModule, trainer: Trainer) -> Iterator[Table | Text | str]:
-    """Load everything, run one batch, and say what users get wrong.
+    """Load everything, run one batch, and show what users often get wrong.
 
     Yields:
         What is to be shown, piece by piece.
@@ -40,7 +40,7 @@ def examine(method: Method, datamodule: TaskDataModule, trainer: Trainer) -> Ite
     yield _model(method.llm)
     yield from inspection.tables(batch)
     times = _time(method, inspection, datamodule, len(batch.examples), fit_seconds)
-    # Only now is known how variants are decoded.
+    # After the first comparison, because it finds out how variants can be decoded.
     yield _memory(method, inspection, batch)
     yield times
     method.verify()

@@ -71,5 +71,5 @@ def show(*items: Table | Text | str) -> None:
     """Print to standard output, at least wide enough for a table when it is no terminal."""
     width = None if Console().is_terminal else 120
     for item in items:
-        # What users name may look like markup.
+        # No markup: names given by users may contain brackets.
         Console(width=width, markup=False, emoji=False, highlight=False).print(item)

@@ -12,7 +12,7 @@ from corrsteer_pl.strategy import all_reduce_sum
 
 
 class Accumulator(nn.Module):
-    """:class:`Moments` per layer and pool: what all processes had merged, and what this one has seen since.
+    """:class:`Moments` per layer and pool: sums merged over all processes, and this process's own since the last merge.
 
     Only the merged sums are in the state dict, so that a checkpoint counts every sample once, whatever the
     number of processes that write or read it.
@@ -27,7 +27,7 @@ class Accumulator(nn.Module):
         self.widths = dict(widths)
         keys = {self._key(layer, pool): d_sae for layer, d_sae in widths.items() for pool in pools}
         self.merged: Any = nn.ModuleDict({key: Moments(d_sae) for key, d_sae in keys.items()})
-        # A plain dict, which the state dict does not see.
+        # In a plain dict, so that it is not part of the state dict.
         self.fresh = {key: Moments(d_sae) for key, d_sae in keys.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -15,7 +15,7 @@ from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.stats import Probe
 from corrsteer_pl.tasks import Task, rewards_of
 
-# A text is read in one pass, so steering means steering all of it.
+# A text is read in one forward pass, so all of its positions are steered.
 EVERYWHERE = Schedule("all")
 
 
@@ -130,7 +130,7 @@ class Reading:
 
     def compare(self, batch: Batch, variants: Intervention) -> list[tuple[list[str], Tensor]]:
         """The probability of the label under each variant, in figures, and the probability of a reward."""
-        # The probe was fitted on rewards, so where those are reversed it tells of the label's absence.
+        # The probe was fitted on rewards. If those are reversed, it gives the probability that the label is absent.
         rewards = self.probe().probabilities(self.decoder, batch, variants)
         labels = [1 - some if self.reverse else some for some in rewards]
         return [([f"{p:.4f}" for p in some.tolist()], reward) for some, reward in zip(labels, rewards, strict=True)]

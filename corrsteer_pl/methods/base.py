@@ -33,7 +33,7 @@ from corrsteer_pl.options import check_options as check_kinds
 from corrsteer_pl.strategy import prepare
 from corrsteer_pl.tasks import Task
 
-# Trainer options without which a stage has no step.
+# Trainer options that leave a stage without a step if they are 0.
 STEPS = {
     "fit": ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches"),
     "validate": ("limit_val_batches",),
@@ -163,7 +163,7 @@ class Method(PairedEvaluation):
         return {}
 
     def verify(self) -> None:
-        """See on the first prompts of a fit whether all parts fit together.
+        """Check on the first prompts of a fit that all parts fit together.
 
         Raises:
             UserError: They do not.
@@ -191,7 +191,7 @@ class Method(PairedEvaluation):
         self.answering = self._answering(self.datamodule.task, "evaluation")
         if stage == "fit":
             self.fit_answering = self._answering(self.datamodule.fit_task, "fit")
-            # Going on with a checkpoint restores it after this.
+            # When resuming, Lightning calls on_load_checkpoint after setup, which restores them.
             self.counted, self._validated, self._record = 0, 0, None
             self.begin()
         elif self._record is not None:
@@ -206,7 +206,7 @@ class Method(PairedEvaluation):
         self.datamodule.uses_chat(self.llm)
         if not self.llm.placed:
             self.llm.model.to(self.trainer.strategy.root_device)
-        # What cannot be identified could not be saved: better before the first batch than after the last.
+        # Compute the fingerprint now: if a weight cannot be read, fail before the first batch and not when saving.
         _ = self.llm.identity
 
     def _answering(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
@@ -219,7 +219,7 @@ class Method(PairedEvaluation):
         return Reading(decoder, task, reverse, self.probe)
 
     def check_processes(self, count: int) -> None:
-        """See whether so many processes can each have the model.
+        """Check that each of several processes can load the model.
 
         Raises:
             UserError: The model is spread over devices, and there are several processes.
@@ -235,7 +235,7 @@ class Method(PairedEvaluation):
         return None
 
     def on_train_start(self) -> None:
-        """See whether all parts fit together."""
+        """Check that all parts fit together."""
         self.verify()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -245,7 +245,7 @@ class Method(PairedEvaluation):
     def on_train_epoch_end(self) -> None:
         """Stop, as a second epoch would count the same samples again; validate what no validation has seen yet."""
         self.trainer.should_stop = True
-        # Lightning's last validation of the epoch came before its last batches, or not at all.
+        # Lightning may have validated before the last batches of the epoch, or not at all.
         if self._validated < self.counted:
             self._validate()
 
@@ -330,11 +330,11 @@ class Method(PairedEvaluation):
         record = Provenance.read(checkpoint)
         check_method(record.method, self.name)
         check_options(record.settled, self.hparams)
-        # Lightning's own progress counts batches of one world size; ours counts samples.
+        # Lightning's progress counts batches, which depends on the number of processes; `counted` counts samples.
         checkpoint.pop("loops", None)
         self.counted, self._record = record.counted, record
         if self._trainer is not None:
-            # A trainer has called setup before.
+            # With a trainer, setup has been called before this.
             self._check_parts(record)
             if self.trainer.state.fn == "fit":
                 check_options(record.resumed, self.hparams)

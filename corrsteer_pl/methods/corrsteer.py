@@ -346,7 +346,7 @@ class CorrSteer(Method):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over sums and selection, by this module's rule, sign and layers."""
         try:
-            # Lightning fills the buffers after this.
+            # Lightning loads the values of these buffers after this hook.
             self.sums = Accumulator({int(layer): d_sae for layer, d_sae in state["widths"].items()}, state["pools"])
             fitted = None if state["selection"] is None else Selection.from_dict(state["selection"])
             self.directions, self.snapshots = dict(state["directions"]), list(state["snapshots"])
@@ -401,7 +401,7 @@ class CorrSteer(Method):
         return alignments(self.llm, self.saes, batch)
 
     def verify(self) -> None:
-        """See on the first prompts whether the SAEs fit the model.
+        """Check on the first prompts that the SAEs fit the model.
 
         Raises:
             UserError: One does not, and ``check_alignment`` is ``error``.

@@ -20,7 +20,7 @@ from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.models.sites import Site
 
-# So many decoding steps show what goes on in all.
+# Decoding steps that are shown; the others are like the last of them.
 STEPS = 4
 
 
@@ -140,9 +140,9 @@ def _steered_positions(
     steered = SteeringVectors.stack([{}, vector], schedule)
     with ExitStack() as stack:
         stack.callback(site.hook(llm.model, partial(note, "before")).remove)
-        # The decoder adds its own hooks last; those that look at the result come after them.
+        # Hooks run in the order they are added: before steering, steering (by the decoder), after steering.
         decoder = Decoder(llm, min(STEPS, max_new_tokens))
-        # Whatever is said, go on to say something.
+        # Never stop at an end-of-sequence token, so that every step can be shown.
         decoder.end = decoder.end[:0]
         decoder.compare(first, _Observed(steered, site, partial(note, "after")), branches=False)
     found = []

@@ -76,7 +76,7 @@ class RunFiles(Checkpoint):
             module.write(self.written)
 
     def _save(self, trainer: Trainer) -> None:
-        # Every process takes part, for what they counted is merged; one of them writes.
+        # All processes must call save_checkpoint, which merges their sums; only the first one writes.
         last = self._folder(trainer) / LAST
         if trainer.is_global_zero:
             write_atomically(last, lambda file: trainer.save_checkpoint(file, weights_only=False))

@@ -19,7 +19,7 @@ class TrialResult(NamedTuple):
 
 
 class Trial:
-    """Tries variants of a model on a split: each sample's prompt is read once, whatever is tried on it.
+    """Tries variants of a model on a split: all variants of a batch are decoded from one reading of its prompts.
 
     Args:
         variants: What is tried; the first variant is the unchanged model.

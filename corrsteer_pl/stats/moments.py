@@ -68,7 +68,7 @@ class Moments(nn.Module):
         device = self.n.device
         y = y.to(device, torch.float64)  # (B,)
         w = torch.ones_like(y) if weight is None else weight.to(device, torch.float64)
-        # A sum over features is finite if they all are; it is not asked for, which would force a GPU sync.
+        # A row's sum is not finite if any of its values is not. There is no `if`, which would force a GPU sync.
         spoilt = ~x.sum(1).isfinite().to(device)  # (B,)
         left_out, w = (w * spoilt).sum(), w * ~spoilt
         right = w * (y > 0)
@@ -77,7 +77,7 @@ class Moments(nn.Module):
         weights = torch.stack([w, w * y, right, w - right])  # (4, B)
         for start in range(0, self.n_features, CHUNK):
             part = slice(start, start + CHUNK)
-            # Not even a weight of 0 keeps what is not finite out of a sum.
+            # A weight of 0 is not enough: 0 * NaN is NaN.
             some = x[:, part].to(device, torch.float64, copy=True).masked_fill_(spoilt.unsqueeze(1), 0)  # (B, chunk)
             sums, squares = weights[:3] @ some, weights[:2] @ some.square()
             active = weights[2:] @ (some > 0).double()
