@@ -87,7 +87,7 @@ def given_options(args: Sequence[str]) -> dict[str, Any]:
     for name, value in _spelt(args):
         if name in ("config", "-c"):
             given |= flatten(_read_config(value)) | {"configs": [*given.get("configs", []), Path(value).stem]}
-        elif name in PARTS and value:
+        elif name in PARTS and value and args[0] in (*STAGES, "doctor"):
             given |= flatten({name: _read_config(value)})
         elif name in NESTED:
             given |= flatten({name: parsed(value)}) or {name: value}

@@ -107,7 +107,8 @@ def check_names(args: Sequence[str]) -> None:
         part, dot, rest = given.partition(".")
         group, name = known.get(part), rest.split(".")[0]
         if group is None:
-            names, found = [*general, *PARTS, *UNSHOWN], part in (*general, *UNSHOWN)
+            names = [*general, *(part for part in PARTS if part in known)]
+            found = part in (*general, *UNSHOWN)
         else:
             names = [option.name.partition(".")[2] for option in group.options or ()]
             found = group.options is None or not dot or not name.isidentifier() or name in names

@@ -37,6 +37,12 @@ def test_options_are_seen_however_they_are_spelt(tmp_path):
     }
 
 
+def test_commands_that_are_no_stage_have_options_of_their_own(tmp_path, capsys):
+    assert given_options(["train_saes", "--data", "rows.jsonl", "--k=3"]) == {"data": "rows.jsonl", "k": "3"}
+    assert main(["train_saes", "--llm", "demo", "--data", str(tmp_path / "none.jsonl"), "--out", "x"]) == 2
+    assert "none.jsonl cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
 def test_results_are_named_after_all_that_differs_however_it_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--data.train_size=96", "--data.val_size=16", "--data.test_size=20", "--model.layers=[1]", *QUIET]
