@@ -213,6 +213,8 @@ def parsed(text: Any) -> Any:
 
 def _read_config(value: str) -> dict[str, Any]:
     """The options of a configuration file, or of JSON in its place."""
+    if not value:
+        raise UserError("--config needs a configuration file after it, or the name of one that is shipped: demo.yaml.")
     try:
         text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
         settings = read_yaml(text) or {}

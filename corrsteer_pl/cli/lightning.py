@@ -262,6 +262,8 @@ def quieten_lightning() -> None:
         "`LightningModule.configure_optimizers` returned `None`",
         r"`isinstance\(treespec, LeafSpec\)`",
         "LightningCLI's args parameter is intended",
+        # A test needs no callback of its fit.
+        "Be aware that when using `ckpt_path`, callbacks",
     )
     for message in unavoidable:
         warnings.filterwarnings("ignore", message=f".*{message}")

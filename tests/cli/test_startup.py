@@ -40,6 +40,7 @@ def test_help_imports_nothing_large(args):
     [
         (["fitt"], "the command 'fitt' is not known; choose one of fit, validate, test, predict, doctor, train_saes."),
         (["fit", "--config", "nix.yaml"], "the configuration 'nix.yaml' was found neither as given nor in configs/"),
+        (["fit", "--config"], "--config needs a configuration file after it"),
         (["fit", "--model.scal", "2"], "there is no option model.scal; the nearest are model.scale,"),
         (["test", "--modle.scale=2"], "there is no option modle.scale; the nearest are model,"),
         (["fit", "--traner.devices", "2"], "there is no option traner.devices; the nearest are trainer,"),
