@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
     instead = "Set --trainer.default_root_dir to a folder that can."
     if "\0" in str(folder) or any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
         raise UserError(f"{folder} cannot be written: a part of its name is too long, or no name at all. {instead}")
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    nearest = next(place for place in (folder, *folder.absolute().parents) if exists(str(place)))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{folder} cannot be written: {nearest} is no folder, or not yours to write. {instead}")
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,17 @@ def test_folders_that_cannot_be_are_one_sentence(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         check_writable(tmp_path / name)
+
+
+def test_a_folder_that_one_may_not_look_into_is_one_sentence(tmp_path, monkeypatch):
+    looked = Path.exists
+
+    def exists(path, **options):
+        if path != tmp_path and tmp_path in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return looked(path, **options)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="not yours to write"):
+        check_writable(tmp_path / "a" / "b")

@@ -149,7 +149,7 @@ def checkpoint_path(command: str, given: dict[str, Any]) -> Path | None:
 
 
 def refuse_code(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse a checkpoint that would run code, unless the user names the same code anew.
+    """Refuse a checkpoint that would run code, unless the user names the same code anew, or something else instead.
 
     Raises:
         UserError: The checkpoint names code of a model's repository, or a task or a reward by an import path.
@@ -158,7 +158,7 @@ def refuse_code(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if (settings.get("model", {}).get("llm_args") or {}).get("trust_remote_code"):
         named[CODE] = True
     for option, value in named.items():
-        if parsed(given.get(option)) != value:
+        if option not in given:
             shown = str(value).lower() if value is True else value
             raise UserError(
                 f"the checkpoint sets {option} to {shown}, which runs code that is not part of corrsteer_pl. If you "
@@ -180,6 +180,11 @@ def with_whole_dicts(args: Sequence[str]) -> list[str]:
         if name in ("--config", "-c"):
             value = value if equals else next(arguments, "")
             settings = _flatten_parts(_read_config(value))
+            values |= {o: settings[o] for o in NESTED if o in settings}
+            others += [name, value]
+        elif name.removeprefix("--") in PARTS:
+            value = value if equals else next(arguments, "")
+            settings = _flatten_parts({name.removeprefix("--"): _read_config(value)})
             values |= {o: settings[o] for o in NESTED if o in settings}
             others += [name, value]
         elif option:

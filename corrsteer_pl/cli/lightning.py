@@ -85,7 +85,8 @@ def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
 
 
 def _run(args: list[str], given: dict[str, Any]) -> None:
-    path = None if "--print_config" in args else checkpoint_path(args[0], given)
+    printing = any(argument.partition("=")[0] == "--print_config" for argument in args)
+    path = None if printing else checkpoint_path(args[0], given)
     if path is None:
         _Cli(given_method(args), with_whole_dicts(args), given)
         return

@@ -1,6 +1,5 @@
 """One message where several processes run one command: the process that meets a mistake tells it, the others end."""
 
-import getpass
 import os
 import sys
 import tempfile
@@ -8,6 +7,9 @@ import time
 from pathlib import Path
 
 STARTED = time.time()
+# One number for all processes of a run on this machine: Lightning's first process starts the others, which have
+# LOCAL_RANK from the beginning; a launcher such as torchrun starts them all.
+RUN = os.getppid() if "LOCAL_RANK" in os.environ else os.getpid()
 # Seconds to wait for another process's message.
 PATIENCE = 10.0
 
@@ -43,11 +45,11 @@ def _is_first() -> bool:
 
 
 def _is_of_this_run(marker: Path) -> bool:
-    # Another run may have had the same port before.
+    # An earlier run may have had the same numbers.
     return marker.exists() and marker.stat().st_mtime >= STARTED - PATIENCE
 
 
 def _marker() -> Path | None:
-    """A file that the processes of a run on this machine agree on by the port at which they meet; None if it is one."""
+    """A file whose name is the same for all processes of a run on this machine; None if there is only one process."""
     port = os.environ.get("MASTER_PORT")
-    return Path(tempfile.gettempdir(), f"corrsteer_pl-{getpass.getuser()}-{port}") if port else None
+    return Path(tempfile.gettempdir(), f"corrsteer_pl-{RUN}-{port}") if port else None

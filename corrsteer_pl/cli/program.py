@@ -68,10 +68,10 @@ def _main(args: list[str]) -> int:
     command = args[0]
     if command not in COMMANDS:
         raise UserError(f"the command {command!r} is not known; choose one of {choices(COMMANDS)}.")
+    args = with_found_configs(args)
     if {"-h", "--help"} & set(args):
         sys.stdout.write(command_help(f"{PROGRAM} {command}", command, COMMANDS[command].does, args))
         return 0
-    args = with_found_configs(args)
     check_names(args)
     return _imported(COMMANDS[command].runs)(args)
 

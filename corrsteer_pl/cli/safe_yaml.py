@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._merged = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
@@ -29,14 +29,23 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Checked before merge keys (<<) are resolved, which repeat a name where a value is overridden.
+        node = super().compose_mapping_node(anchor)
         names: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in names and name != "<<":
                 raise yaml.YAMLError(f"the name {name!r} stands twice, again in line {key.start_mark.line + 1}")
             names.add(name)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        # Merge keys copy what they refer to, so nested ones multiply before any value is made.
+        super().flatten_mapping(node)
+        self._merged += len(node.value)
+        if self._merged > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values")
 
     def construct_scalar(self, node: Any) -> Any:
         if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:

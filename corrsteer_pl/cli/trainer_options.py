@@ -70,6 +70,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed_everything": (_is_a_seed, "a whole number from 0 to 2**32 - 1, or true or false"),
     "accelerator": (_is_known, f"one of {choices(ACCELERATORS)}"),
     "accumulate_grad_batches": (_is_positive, "a number of batches, at least 1"),
+    "check_val_every_n_epoch": (_is_positive, "a number of epochs, at least 1"),
     "val_check_interval": (_is_positive, "a number of batches, or a share of the epoch, above 0"),
     "max_time": (_is_a_while, "a time above 0, as DD:HH:MM:SS or {minutes: 30}"),
     "default_root_dir": (_is_a_local_folder, "a folder on this machine, each part of its name at most 255 bytes long"),

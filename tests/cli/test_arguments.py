@@ -108,6 +108,8 @@ def test_quoted_text_stays_text_from_configuration_to_checkpoint(gold, tmp_path,
     assert main(test) == 2
     reward = "--data.task_args.reward tests.cli.test_arguments.half"
     assert f"sets {reward.split()[0][2:]} to {reward.split()[1]}, which runs code" in capsys.readouterr().err
+    # Nor is any run if the user names something else instead.
+    assert main([*test, "--data.task_args.reward", "exact"]) == 0
     assert main([*test, *reward.split()]) == 0
     for line in read_rows(Path("checkpoints/own/test/generic/outcomes.jsonl")):
         assert line["gold"] == gold
@@ -199,3 +201,18 @@ def test_what_looks_like_markup_is_shown_as_it_is(tmp_path, monkeypatch, capsys)
     shown = capsys.readouterr().out
     assert "[/x] :train:" in shown
     assert "Test [bold]" in shown
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_part_given_as_a_file_keeps_options_by_name(joined, tmp_path):
+    (tmp_path / "d.yaml").write_text("task_args: {a: 1, b: 2}\n")
+    part = [f"--data={tmp_path}/d.yaml"] if joined else ["--data", f"{tmp_path}/d.yaml"]
+    *_, whole = with_whole_dicts(["fit", *part, "--data.task_args.b", "3"])
+    assert whole == '--data.task_args={"a": 1, "b": 3}'
+
+
+def test_a_configuration_is_printed_without_a_checkpoint(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--config", "demo.yaml", "--print_config=skip_null"])
+    assert stopped.value.code == 0
+    assert "llm: demo" in capsys.readouterr().out

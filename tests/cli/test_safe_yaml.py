@@ -13,7 +13,11 @@ from corrsteer_pl.errors import UserError
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MERGE_BOMB = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
 BAD = [
+    (MERGE_BOMB, "more than 100000 values"),
     (BOMB, "more than 100000 values"),
     ("a: &a [*a]", "contains itself"),
     ("a: &a {b: *a}", "contains itself"),
@@ -78,3 +82,8 @@ def test_parts_hold_options_by_name(tmp_path, capsys):
         config.write_text(text, encoding="utf-8")
         assert main(["fit", "--config", str(config)]) == 2
         assert f"has a {kind} for {text.partition(':')[0]}, which takes options by name" in capsys.readouterr().err
+
+
+def test_a_value_may_override_what_is_merged_wherever_it_stands():
+    text = "a: {b: {c: &m {<<: &n {h: 1}, h: 2}}}\nd: {<<: *m}"
+    assert read_yaml(text) == yaml.safe_load(text)

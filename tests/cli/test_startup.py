@@ -105,3 +105,22 @@ def test_a_test_of_a_checkpoint_needs_neither_autoencoders_nor_datasets(tmp_path
 def test_the_registry_is_what_the_help_offers(capsys):
     assert main(["fit", "--help"]) == 0
     assert f"--method {'|'.join(METHODS)}" in capsys.readouterr().out
+
+
+def test_help_finds_a_shipped_configuration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "demo.yaml", "--help"]) == 0
+    assert "--model.scale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("environment", [{}, {"LOCAL_RANK": "0"}])
+def test_each_run_tells_its_own_mistake_though_the_port_is_the_same(environment, tmp_path):
+    # As with torchrun, a launcher of its own for each run.
+    launch = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-m', 'corrsteer_pl', 'fitt']))"
+    environment = {**os.environ, "MASTER_PORT": "29500", "TMPDIR": str(tmp_path), **environment}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", launch], env=environment, capture_output=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: the command 'fitt' is not known")

@@ -11,6 +11,7 @@ from corrsteer_pl.errors import UserError
 
 BAD = [
     ("--trainer.accumulate_grad_batches", "0", "trainer.accumulate_grad_batches is 0; it takes a number of batches"),
+    ("--trainer.check_val_every_n_epoch", "0", "trainer.check_val_every_n_epoch is 0; it takes a number of epochs"),
     ("--trainer.val_check_interval", "0", "trainer.val_check_interval is 0"),
     ("--trainer.accelerator", "tpu", "trainer.accelerator is 'tpu'; it takes one of auto, cpu, gpu, cuda, mps"),
     ("--trainer.limit_val_batches", "0", "--trainer.limit_val_batches is 0, which leaves nothing to choose by"),
