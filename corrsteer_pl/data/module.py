@@ -41,17 +41,21 @@ class TaskDataModule(LightningDataModule):
         task_args: Options of the task, such as column names.
         subset: Named configuration of the data set, or a list of several that are read one after the other.
         filter: Columns with the value, or the list of values, that are kept: ``{context_condition: ambig}``.
+        balance: Column each of whose values is to have as many rows as the rarest, in every split, ``harmful`` for
+            example; None keeps all rows.
         train_split: Which split is fitted on, ``all`` for all together; the same name for several splits divides
             it between them (by default half to fit, a tenth to validation, four tenths to test).
         val_split: The same for validation.
         test_split: The same for test.
         fit_on: Another task to fit on, all of its ``train_split``, with its own ``task``, ``path``, ``subset``,
-            ``revision``, ``task_args`` and ``filter``; validation and test stay with ``task``.
+            ``revision``, ``task_args``, ``filter`` and ``balance``; validation and test stay with ``task``.
         train_size: Largest number of samples to fit on.
         val_size: Largest number of validation samples.
         test_size: Largest number of test samples; None takes all.
         batch_size: Prompts per process and step.
         chat_template: Whether prompts are put into the tokenizer's chat template; None does so if it has one.
+        system_prompt: What stands before every prompt as the chat's system message; None leaves it to the template,
+            which may have a default of its own. Only with a chat template.
         shots: Number of solved examples before each prompt. They are removed from the fit split.
         restrict: Allow only the task's answer tokens when decoding: ``true`` always, ``evaluation`` in validation and
             test but not while fitting, as the method's public reference does.
@@ -69,8 +73,8 @@ class TaskDataModule(LightningDataModule):
     """
 
     TESTED = (
-        "path", "revision", "subset", "task_args", "filter", "train_split", "val_split", "test_split", "test_size",
-        "chat_template", "shots", "restrict", "reverse", "seed",
+        "path", "revision", "subset", "task_args", "filter", "balance", "train_split", "val_split", "test_split",
+        "test_size", "chat_template", "system_prompt", "shots", "restrict", "reverse", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +99,8 @@ class TaskDataModule(LightningDataModule):
         sort_by_length: bool = True,
         seed: int = 0,
         revision: str | None = None,
+        balance: str | None = None,
+        system_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -104,7 +110,9 @@ class TaskDataModule(LightningDataModule):
         self.hparams["path"] = path = None if path is None else absolute(path)
         if fit_on and isinstance(fit_on.get("path"), str):
             self.hparams["fit_on"] = fit_on = {**fit_on, "path": absolute(fit_on["path"])}
-        self.rows = TaskData(task, path, task_args, subset, filter, train_split, val_split, test_split, revision)
+        self.rows = TaskData(
+            task, path, task_args, subset, filter, train_split, val_split, test_split, revision, balance
+        )
         self.fit_rows = _fit_rows(fit_on) if fit_on else self.rows
         self.sizes: dict[Split, int | None] = {"train": train_size, "validation": val_size, "test": test_size}
         if negative := [f"data.{n}_size is {s}" for n, s in self.sizes.items() if s is not None and s < 0]:
@@ -204,7 +212,7 @@ class TaskDataModule(LightningDataModule):
         """Whether prompts are put into the chat template of this model's tokenizer.
 
         Raises:
-            UserError: ``chat_template`` is true, but the tokenizer has none.
+            UserError: ``chat_template`` is true, but the tokenizer has none, or there is a system prompt without one.
         """
         wanted = self.hparams["chat_template"]
         if wanted and not llm.has_chat_template:
@@ -212,7 +220,14 @@ class TaskDataModule(LightningDataModule):
                 f"data.chat_template is true, but the tokenizer of {llm.name} has no chat template: it is no "
                 "instruction model. Set it to false, or model.llm to an instruction model."
             )
-        return llm.has_chat_template if wanted is None else wanted
+        uses = llm.has_chat_template if wanted is None else wanted
+        if self.hparams["system_prompt"] is not None and not uses:
+            why = "data.chat_template is false" if llm.has_chat_template else f"{llm.name} has no chat template"
+            raise UserError(
+                f"data.system_prompt is set, but {why}, so there is no system message. Write it into "
+                "data.task_args.template, or take an instruction model with its template."
+            )
+        return uses
 
     def answers(self, llm: Any, task: Task | None = None) -> list[str] | None:
         """A task's answers as they follow its prompt: with a leading space, but not after a chat template."""
@@ -279,7 +294,7 @@ class TaskDataModule(LightningDataModule):
         llm = self._module.llm
         if not task.generates:
             return llm.token_ids(example.prompt)
-        return llm.prompt_ids(self.turns(example), self.uses_chat(llm))
+        return llm.prompt_ids(self.turns(example), self.uses_chat(llm), self.hparams["system_prompt"])
 
     def collate(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, Tensor]:
         """Input ids and attention mask of examples, both ``(batch, longest)``, padded on the left."""
@@ -330,7 +345,7 @@ def _by_length(lengths: Sequence[int], bucket: int) -> list[int]:
 
 
 def _fit_rows(options: dict[str, Any]) -> TaskData:
-    known = ("task", "path", "revision", "subset", "task_args", "filter", "train_split", "revision")
+    known = ("task", "path", "revision", "subset", "task_args", "filter", "balance", "train_split")
     check_options(TaskData, options, "data.fit_on", known)
     if "task" not in options:
         raise UserError("data.fit_on names no task. Give it one, as in {task: mmlu}.")

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.files import READERS, exists, read_rows
 from corrsteer_pl.hub import HUB_ERRORS, reason
@@ -197,3 +199,26 @@ def with_values(
             )
         rows = [(id, row) for id, row in rows if str(row.get(name)) in values]
     return list(rows)
+
+
+def balanced(rows: Sequence[tuple[str, dict[str, Any]]], column: str) -> list[tuple[str, dict[str, Any]]]:
+    """As many rows of each value of a column as its rarest value has, drawn at random, always the same; in order.
+
+    Raises:
+        UserError: No such column.
+
+    Example:
+        >>> [id for id, _ in balanced([("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 2})], "x")]
+        ['a', 'c']
+    """
+    if rows and not any(column in row for _, row in rows):
+        raise UserError(f"data.balance names the column {column!r}, which is not in the data ({choices(rows[0][1])}).")
+    places: dict[str, list[int]] = {}
+    for i, (_, row) in enumerate(rows):
+        places.setdefault(str(row.get(column)), []).append(i)
+    fewest = min(map(len, places.values()), default=0)
+    kept: list[int] = []
+    for some in places.values():
+        drawn = torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:fewest]
+        kept += [some[i] for i in drawn.tolist()]
+    return [rows[i] for i in sorted(kept)]

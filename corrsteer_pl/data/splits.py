@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from corrsteer_pl.data.sources import RowSource, with_values
+from corrsteer_pl.data.sources import RowSource, balanced, with_values
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import exists
 from corrsteer_pl.tasks import Example, make_task, users_own
@@ -30,6 +30,7 @@ class TaskData:
         val_split: The same for validation.
         test_split: The same for test.
         revision: Branch, tag or commit of a data set on the Hub; None for its newest.
+        balance: Column each of whose values is to have as many rows as the rarest, in every split; None for all rows.
 
     Raises:
         UserError: The task, the options or the path are unknown.
@@ -46,8 +47,10 @@ class TaskData:
         val_split: str | None = None,
         test_split: str | None = None,
         revision: str | None = None,
+        balance: str | None = None,
     ) -> None:
         self.name, self.task, self.filter = task, make_task(task, task_args or {}), filter or {}
+        self.balance = balance
         self.path, self.subset, self.revision = path, subset, revision
         self._positions: dict[int, int] = {}
         self._named: dict[Split, str | None] = {"train": train_split, "validation": val_split, "test": test_split}
@@ -122,8 +125,10 @@ class TaskData:
         return self._carve(self._made(self._source([split]), self.names[split]), [split], seed)[split]
 
     def _made(self, source: RowSource, name: str) -> list[list[Example]]:
-        """The samples of each row that the filter keeps."""
-        return [self._examples(row, id) for id, row in with_values(source.read(name), self.filter)]
+        """The samples of each row that the filter and the balance keep."""
+        rows = with_values(source.read(name), self.filter)
+        rows = rows if self.balance is None else balanced(rows, self.balance)
+        return [self._examples(row, id) for id, row in rows]
 
     def _examples(self, row: dict[str, Any], id: str) -> list[Example]:
         with users_own(f"the task {self.name} on the row {id}"):

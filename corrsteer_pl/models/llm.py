@@ -196,13 +196,14 @@ class LanguageModel:
         """Tokens of a prompt, with the special tokens that the tokenizer adds (BOS once, if any)."""
         return self.tokenizer(text)["input_ids"]
 
-    def prompt_ids(self, turns: Sequence[str], chat: bool) -> list[int]:
+    def prompt_ids(self, turns: Sequence[str], chat: bool, system: str | None = None) -> list[int]:
         """Tokens of prompts and responses in turn, the prompt that is to be answered last; BOS once, if any.
 
         Args:
             turns: An odd number of texts.
             chat: Whether they are the turns of user and assistant in the tokenizer's chat template; otherwise each
                 response follows its prompt, and an empty line separates one pair from the next.
+            system: The chat's system message, before all turns; None leaves it to the template.
 
         Raises:
             UserError: The chat template is broken, or refuses the turns.
@@ -211,11 +212,14 @@ class LanguageModel:
             pairs = zip(turns[:-1:2], turns[1::2], strict=True)
             return self.token_ids("".join(f"{prompt} {response}\n\n" for prompt, response in pairs) + turns[-1])
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TEMPLATE_ERRORS as error:
             raise UserError(
                 f"the chat template of the tokenizer of {self.name} fails on {len(turns)} turns of user and assistant "
+                f"{'after a system message ' if system is not None else ''}"
                 f"({type(error).__name__}: {one_line(error)}). Correct it, or set data.chat_template to false."
             ) from error
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

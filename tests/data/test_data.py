@@ -1,5 +1,7 @@
+import copy
 import csv
 import json
+from collections import Counter
 from itertools import chain
 
 import pyarrow
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from corrsteer_pl.data import Shard, TaskDataModule
+from corrsteer_pl.data.splits import SPLITS
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_atomically, write_jsonl
 from corrsteer_pl.tasks import Example
@@ -251,3 +254,30 @@ def test_a_size_takes_a_seeded_sample_in_the_order_of_the_rows(tmp_path):
     assert chosen == sorted(chosen)
     assert max(chosen) > 60
     assert len(chosen) == 30
+
+
+def test_a_balance_keeps_as_many_rows_of_each_value(tmp_path):
+    rows = [{"prompt": f"Do {i}.", "harmful": i % 10 == 0} for i in range(100)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    shares = {"task": "refusal", "path": str(tmp_path / "rows.jsonl"), "balance": "harmful"}
+    found = TaskDataModule(**shares)
+    found.setup("fit")
+    found.setup("test")
+    kinds = Counter(e.groups[0] for some in found.rows.examples(SPLITS, 0).values() for e in some)
+    assert kinds == {"harmful": 10, "harmless": 10}
+    with pytest.raises(UserError, match="data.balance names the column 'kind', which is not in the data"):
+        TaskDataModule(**{**shares, "balance": "kind"}).setup("fit")
+
+
+def test_a_system_prompt_stands_first_in_the_chat_and_nowhere_else(llm):
+    chatty = copy.copy(llm)
+    chatty.tokenizer = copy.deepcopy(llm.tokenizer)
+    chatty.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    said = chatty.prompt_ids(["Who?"], True, "Be short.")
+    assert chatty.tokenizer.decode(said, skip_special_tokens=True) == "[system] Be short.\n[user] Who?\n[assistant]"
+    plain = chatty.tokenizer.decode(chatty.prompt_ids(["Who?"], True), skip_special_tokens=True)
+    assert plain == "[user] Who?\n[assistant]"
+    assert TaskDataModule(system_prompt="Be short.").uses_chat(chatty)
+    for chat, model, why in ((None, llm, "demo has no chat template"), (False, chatty, "data.chat_template is false")):
+        with pytest.raises(UserError, match=f"data.system_prompt is set, but {why}"):
+            TaskDataModule(system_prompt="Be short.", chat_template=chat).uses_chat(model)
