@@ -11,7 +11,7 @@ from corrsteer_pl.files import read_rows
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae_loading import load_saes
-from corrsteer_pl.models.sae_training import train_saes
+from corrsteer_pl.models.sae_training.train import Recipe, train_saes
 from corrsteer_pl.tasks import make_task
 from tests.architectures import batch_of
 
@@ -71,10 +71,10 @@ def test_a_build_writes_what_can_be_loaded(tmp_path, monkeypatch):
 
 
 def test_saes_of_no_text_or_no_layer_are_refused(llm, tmp_path):
-    with pytest.raises(UserError, match="texts is empty"):
+    with pytest.raises(UserError, match="there are 0 texts"):
         train_saes(llm, [], tmp_path)
     with pytest.raises(UserError, match=r"layer 7 is not in the model \(layers 0..3\)"):
-        train_saes(llm, ["a"], tmp_path, layers=[7])
+        train_saes(llm, ["a"], tmp_path, Recipe(layers=(7,)))
 
 
 @pytest.mark.slow

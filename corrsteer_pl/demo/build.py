@@ -24,7 +24,7 @@ from transformers import (
 from corrsteer_pl.demo import ROOT
 from corrsteer_pl.demo.corpus import World
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae_training import train_saes
+from corrsteer_pl.models.sae_training.train import Recipe, train_saes
 
 VOCABULARY, TOKENIZER_TEXTS = 1024, 20_000
 STEPS, BATCH, LEARNING_RATE = 1500, 96, 3e-3
@@ -55,7 +55,8 @@ def _write(folder: Path, world: World, seed: int) -> None:
     model = train_model(tokenizer, world, seed)
     model.save_pretrained(folder / "model")
     llm = LanguageModel("demo", model, tokenizer)
-    train_saes(llm, _texts(world, SAE_TEXTS, seed + 3), folder / "saes", k=SAE_ACTIVE, steps=SAE_STEPS, seed=seed)
+    recipe = Recipe(k=SAE_ACTIVE, steps=SAE_STEPS, seed=seed)
+    train_saes(llm, _texts(world, SAE_TEXTS, seed + 3), folder / "saes", recipe)
 
 
 def _texts(world: World, n: int, seed: int) -> list[str]:

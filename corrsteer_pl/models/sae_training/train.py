@@ -1,83 +1,135 @@
-"""Train one TopK SAE for the output of every decoder block of a local language model."""
+"""Train TopK SAEs for the outputs of decoder blocks, with SAELens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from itertools import islice
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import write_atomically
 from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.sae_training.activations import Activations
+from corrsteer_pl.models.sae_training.quality import Quality, qualities
+from corrsteer_pl.models.sae_training.texts import digest, held_out, token_rows
 from corrsteer_pl.models.sites import Site, decoder_blocks
 
-TEXTS_PER_FORWARD = 32
-BATCHES_PER_BUFFER = 16
-HELD_BACK = 8  # batches for the explained variance
+# Where an unfinished training lies in its folder; it is removed at the end.
+UNFINISHED = "unfinished.ckpt"
+# Products of SAEs with so many features are worth computing in bfloat16.
+AUTOCAST_FROM = 1024
+# What a SAELens trainer counts.
+COUNTS = (
+    "n_training_steps", "n_training_samples", "act_freq_scores", "n_forward_passes_since_fired", "n_frac_active_samples"
+)  # fmt: skip
 
 
-def train_saes(
-    llm: str | Path | LanguageModel,
-    texts: Sequence[str],
-    out: str | Path,
-    *,
-    layers: Sequence[int] | None = None,
-    d_sae: int = 512,
-    k: int = 12,
-    steps: int = 1000,
-    batch_tokens: int = 2048,
-    lr: float = 1e-3,
-    max_tokens: int = 256,
-    seed: int = 0,
-) -> dict[int, float]:
-    """Trains a TopK SAE for the output of each decoder block and saves it in SAELens' inference format.
+@dataclass(frozen=True)
+class Recipe:
+    """How SAEs are trained.
 
-    All layers learn from one stream of activations, so the model reads a text once for all of them. BOS and
-    padding positions never enter the stream. Each SAE lies under ``out/blocks.{layer}.hook_resid_post`` and
-    loads with ``SAE.load_from_disk``.
-
-    Args:
-        llm: Folder of a Hugging Face causal language model, or the model itself.
-        texts: What the model reads; read again from the start, in a new order, as often as the steps need.
-        out: Folder for the SAEs.
-        layers: Decoder blocks, counted from 0; all of them by default.
+    Attributes:
+        layers: Decoder blocks, counted from 0; None for all of them.
         d_sae: Number of features of each SAE.
         k: Features active per token.
         steps: Optimiser steps of each SAE.
         batch_tokens: Tokens per step.
         lr: Learning rate of Adam; it falls to zero over the last fifth of the steps.
-        max_tokens: Tokens read of each text.
         seed: Seed of the weights and of the order of the texts.
+    """
 
-    Returns:
-        Layer to the share of the variance explained, on tokens drawn after the last step.
+    layers: tuple[int, ...] | None = None
+    d_sae: int = 512
+    k: int = 12
+    steps: int = 1000
+    batch_tokens: int = 2048
+    lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k <= self.d_sae or self.steps < 1:
+            raise UserError(
+                f"k is {self.k}, d_sae {self.d_sae} and steps {self.steps}; needed are 1 <= k <= d_sae and at least "
+                "one step."
+            )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of it.
+
+    Attributes:
+        loss: The unchanged model's on held-out texts, in nats per token.
+        qualities: Layer to the quality of its SAE, on held-out texts.
+        tokens: Tokens that every SAE has learnt from.
+        seconds: Time of the steps, without what comes before and after; without an interruption's, too.
+    """
+
+    loss: float
+    qualities: dict[int, Quality]
+    tokens: int
+    seconds: float
+
+
+def train_saes(
+    llm: str | Path | LanguageModel,
+    texts: Sequence[str] | Sequence[Sequence[int]],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    max_tokens: int = 256,
+    save_every: int | None = None,
+    report: Callable[[int, float], None] = lambda steps, tokens_per_second: None,
+) -> Training:
+    """Train a TopK SAE for the output of each decoder block and save it in SAELens' inference format.
+
+    All layers learn from one stream of activations, so the model reads a text once for all of them. A few texts are
+    held out, and tell in the end how good the SAEs are. Each SAE lies under ``out/blocks.{layer}.hook_resid_post`` and
+    loads with ``SAE.load_from_disk``. Large SAEs are trained with products in bfloat16.
+
+    Args:
+        llm: Folder of a Hugging Face causal language model, or the model itself.
+        texts: What the model reads, as text or as tokens; in a new order as often as the steps need.
+        out: Folder for the SAEs.
+        recipe: Sizes, steps and seed.
+        max_tokens: Tokens read of each text that is given as text.
+        save_every: Write the unfinished training every so many steps; a later call with the same arguments goes on
+            from there, and ends with the same SAEs. None never does.
+        report: Called every few steps with the steps so far and the tokens per second since the start.
 
     Raises:
-        UserError: If there are no texts, or a layer is not in the model.
+        UserError: There are too few texts, a layer is not in the model, or the folder has an unfinished training of
+            other texts or another recipe.
     """
-    if not 0 < k <= d_sae or steps < 1:
-        raise UserError(f"k is {k}, d_sae {d_sae} and steps {steps}; needed are 1 <= k <= d_sae and at least one step.")
-    if not any(texts):
-        raise UserError("texts is empty. Give at least one text to train SAEs on.")
+    recipe = recipe or Recipe()
     llm = llm if isinstance(llm, LanguageModel) else LanguageModel.load(str(llm))
-    sites = _sites(llm.model, layers)
-    cfg = _trainer_cfg(steps, batch_tokens, lr, str(llm.device))
+    sites = _sites(llm.model, recipe.layers)
+    rows = _rows(llm, texts, max_tokens)
+    rows, judged = held_out(rows, recipe.seed)
+    if (found := sum(map(len, rows))) < recipe.batch_tokens:
+        raise UserError(
+            f"the texts to learn from have {found} tokens, fewer than one step needs ({recipe.batch_tokens}). Give "
+            "more texts."
+        )
+    work = _Work(llm, sites, rows, recipe, Path(out))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        stream = _batches(llm, sites, texts, batch_tokens, max_tokens)
-        sample, model_name = next(stream), Path(llm.name).name
-        trainers = {layer: _trainer(cfg, sites[layer], x, model_name, d_sae, k) for layer, x in sample.items()}
-        for batch in islice(stream, steps):
-            for layer, trainer in trainers.items():
-                trainer.step(batch[layer])
-                trainer.n_training_steps += 1
-        return _finish(trainers, list(islice(stream, HELD_BACK)), Path(out))
+        torch.manual_seed(recipe.seed)
+        work.run(save_every, report)
+    return work.finish(judged)
+
+
+def _rows(llm: LanguageModel, texts: Any, max_tokens: int) -> list[list[int]]:
+    """Tokens of the texts that have any."""
+    texts = list(texts)
+    rows = token_rows(llm, texts, max_tokens) if texts and isinstance(texts[0], str) else texts
+    return [list(row) for row in rows if len(row)]
 
 
 def _sites(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[int, Site]:
@@ -89,112 +141,120 @@ def _sites(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[int, Si
     return {layer: Site(layer, "resid_post") for layer in layers}
 
 
-def _trainer_cfg(steps: int, batch_tokens: int, lr: float, device: str) -> SAETrainerConfig:
-    return SAETrainerConfig(
-        total_training_samples=steps * batch_tokens,
-        train_batch_size_samples=batch_tokens,
-        lr=lr,
-        lr_end=lr,  # constant after the warm-up; the decay steps then go to zero
-        lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 5,
-        dead_feature_window=max(1, steps // 10),
-        device=device,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
+class _Work:
+    """SAEs in training, with the stream that they learn from; written and restored between two rounds."""
 
+    def __init__(
+        self, llm: LanguageModel, sites: dict[int, Site], rows: list[list[int]], recipe: Recipe, out: Path
+    ) -> None:
+        self.llm, self.sites, self.recipe, self.out = llm, sites, recipe, out
+        self.stream = Activations(llm, sites, rows, recipe.batch_tokens, recipe.seed)
+        self.trainers: dict[int, SAETrainer] = {}
+        self.steps, self.seconds = 0, 0.0
+        about = {**asdict(recipe), "layers": list(sites), "model": llm.identity["fingerprint"], "texts": digest(rows)}
+        self.about = {**about, "dtype": str(llm.model.dtype)}
 
-def _trainer(cfg: SAETrainerConfig, site: Site, sample: Tensor, model_name: str, d_sae: int, k: int) -> SAETrainer:
-    d_model = sample.shape[-1]
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
+    def run(self, save_every: int | None, report: Callable[[int, float], None]) -> None:
+        """Train up to the recipe's number of steps."""
+        if save_every is not None:
+            self._resume()
+        saved = self.steps
+        while self.steps < self.recipe.steps:
+            start = time.perf_counter()
+            self._learn(self.stream.round())
+            self.seconds += time.perf_counter() - start
+            report(self.steps, self.steps * self.recipe.batch_tokens / self.seconds)
+            if save_every is not None and saved + save_every <= self.steps < self.recipe.steps:
+                self._save()
+                saved = self.steps
+
+    def _learn(self, batches: list[dict[int, Tensor]]) -> None:
+        if not self.trainers:
+            self._start(batches[0])
+        for batch in batches[: self.recipe.steps - self.steps]:
+            for layer, trainer in self.trainers.items():
+                trainer.step(batch[layer])
+                trainer.n_training_steps += 1
+            self.steps += 1
+
+    def _start(self, sample: Mapping[int, Tensor]) -> None:
+        """New SAEs, scaled and centred for a sample of what they will read, ``(tokens, d_model)`` each."""
+        for layer, x in sample.items():
+            self.trainers[layer] = trainer = self._trainer(layer, x.shape[-1])
+            trainer.activation_scaler.scaling_factor = x.shape[-1] ** 0.5 / x.norm(dim=-1).mean().item()
+            trainer.sae.b_dec.data = trainer.activation_scaler(x).mean(dim=0)
+
+    def _trainer(self, layer: int, d_model: int) -> SAETrainer:
+        cfg = _trainer_cfg(self.recipe, str(self.llm.device))
+        config = TopKTrainingSAEConfig(
             d_in=d_model,
-            d_sae=d_sae,
-            k=k,
+            d_sae=self.recipe.d_sae,
+            k=self.recipe.k,
             device=cfg.device,
             apply_b_dec_to_input=True,
             normalize_activations="expected_average_only_in",
-            metadata=SAEMetadata(model_name=model_name, hook_name=str(site)),
+            metadata=SAEMetadata(model_name=Path(self.llm.name).name, hook_name=str(self.sites[layer])),
         )
+        return SAETrainer(cfg, TopKTrainingSAE(config), data_provider=iter(()))
+
+    def _save(self) -> None:
+        trainers = {
+            layer: {
+                **{name: getattr(trainer, name) for name in COUNTS},
+                "scale": trainer.activation_scaler.scaling_factor,
+                "weights": trainer.sae.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "lr_scheduler": trainer.lr_scheduler.state_dict(),
+            }
+            for layer, trainer in self.trainers.items()
+        }
+        state = {"steps": self.steps, "seconds": self.seconds, "stream": self.stream.state(), "trainers": trainers}
+        write_atomically(self.out / UNFINISHED, lambda file: torch.save({"about": self.about, **state}, file))
+
+    def _resume(self) -> None:
+        if not (path := self.out / UNFINISHED).exists():
+            return
+        state = torch.load(path, map_location=self.llm.device, weights_only=True)
+        for name, value in self.about.items():
+            if (other := state["about"].get(name)) != value:
+                raise UserError(
+                    f"{path} is an unfinished training with {name} {other}, not {value}. Start it as it was to go on, "
+                    "remove it to begin anew, or choose another folder."
+                )
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.stream.restore({**state["stream"], "random": state["stream"]["random"].cpu()})
+        for layer, found in state["trainers"].items():
+            self.trainers[layer] = trainer = self._trainer(layer, found["weights"]["b_dec"].shape[-1])
+            trainer.sae.load_state_dict(found["weights"])
+            trainer.activation_scaler.scaling_factor = found["scale"]
+            trainer.optimizer.load_state_dict(found["optimizer"])
+            trainer.lr_scheduler.load_state_dict(found["lr_scheduler"])
+            for name in COUNTS:
+                setattr(trainer, name, found[name])
+
+    def finish(self, judged: list[list[int]]) -> Training:
+        """Save the SAEs for residuals as they are, and judge them on held-out texts."""
+        saes = {}
+        for layer, trainer in self.trainers.items():
+            trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+            trainer.set_final_sae_metadata()
+            trainer.sae.save_inference_model(self.out / str(self.sites[layer]))
+            saes[layer] = (self.sites[layer], trainer.sae.eval())
+        loss, found = qualities(self.llm, saes, judged)
+        (self.out / UNFINISHED).unlink(missing_ok=True)
+        return Training(loss, found, self.steps * self.recipe.batch_tokens, self.seconds)
+
+
+def _trainer_cfg(recipe: Recipe, device: str) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=recipe.steps * recipe.batch_tokens,
+        train_batch_size_samples=recipe.batch_tokens,
+        lr=recipe.lr,
+        lr_end=recipe.lr,  # constant after the warm-up; the decay steps then go to zero
+        lr_warm_up_steps=recipe.steps // 20,
+        lr_decay_steps=recipe.steps // 5,
+        dead_feature_window=max(1, recipe.steps // 10),
+        autocast=recipe.d_sae >= AUTOCAST_FROM,
+        device=device,
+        logger=LoggingConfig(log_to_wandb=False),
     )
-    trainer = SAETrainer(cfg, sae, data_provider=iter(()))
-    trainer.activation_scaler.scaling_factor = d_model**0.5 / sample.norm(dim=-1).mean().item()
-    sae.b_dec.data = trainer.activation_scaler(sample).mean(dim=0)
-    return trainer
-
-
-def _finish(trainers: dict[int, SAETrainer], batches: list[dict[int, Tensor]], out: Path) -> dict[int, float]:
-    explained = {}
-    for layer, trainer in trainers.items():
-        trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
-        trainer.set_final_sae_metadata()
-        explained[layer] = _explained_variance(trainer.sae, torch.cat([batch[layer] for batch in batches]))
-        trainer.sae.save_inference_model(out / f"blocks.{layer}.hook_resid_post")
-    return explained
-
-
-@torch.no_grad()
-def _explained_variance(sae: TopKTrainingSAE, x: Tensor) -> float:
-    residue = (x - sae(x)).pow(2).sum()
-    return 1 - (residue / (x - x.mean(dim=0)).pow(2).sum()).item()
-
-
-def _batches(
-    llm: LanguageModel, sites: dict[int, Site], texts: Sequence[str], batch_tokens: int, max_tokens: int
-) -> Iterator[dict[int, Tensor]]:
-    """Yields mixed batches without end, ``(batch_tokens, d_model)`` for each layer."""
-    pieces = _pieces(llm, sites, texts, max_tokens)
-    buffer = {layer: torch.empty(0) for layer in sites}
-    while True:
-        _refill(buffer, pieces, BATCHES_PER_BUFFER * batch_tokens)
-        order = torch.randperm(len(next(iter(buffer.values()))))
-        # Half of the buffer is kept, so that batches mix activations of different texts.
-        for rows in order.split(batch_tokens)[: BATCHES_PER_BUFFER // 2]:
-            yield {layer: x[rows] for layer, x in buffer.items()}
-        rest = order[BATCHES_PER_BUFFER // 2 * batch_tokens :]
-        for layer in buffer:
-            buffer[layer] = buffer[layer][rest]
-
-
-def _refill(buffer: dict[int, Tensor], pieces: Iterator[dict[int, Tensor]], size: int) -> None:
-    parts = {layer: [x] if len(x) else [] for layer, x in buffer.items()}
-    missing = size - len(next(iter(buffer.values())))
-    while missing > 0:
-        piece = next(pieces)
-        for layer, x in piece.items():
-            parts[layer].append(x)
-        missing -= len(x)
-    for layer in buffer:
-        buffer[layer] = torch.cat(parts[layer])
-
-
-def _pieces(
-    llm: LanguageModel, sites: dict[int, Site], texts: Sequence[str], max_tokens: int
-) -> Iterator[dict[int, Tensor]]:
-    """Yields the activations of a few texts at a time, ``(tokens, d_model)`` for each layer."""
-    while True:
-        for rows in torch.randperm(len(texts)).split(TEXTS_PER_FORWARD):
-            ids, mask = (x.to(llm.device) for x in _encode(llm, [texts[row] for row in rows], max_tokens))
-            kept = mask.bool()
-            if llm.tokenizer.bos_token_id is not None:
-                kept &= ids != llm.tokenizer.bos_token_id
-            with torch.no_grad(), _record(llm.model, sites) as outputs:
-                llm.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            yield {layer: x[kept].float() for layer, x in outputs.items()}
-
-
-def _encode(llm: LanguageModel, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask, ``(len(texts), tokens)``; works for a tokenizer without a pad token."""
-    rows = [torch.tensor(ids[:max_tokens]) for ids in llm.tokenizer(texts)["input_ids"]]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask
-
-
-@contextmanager
-def _record(model: PreTrainedModel, sites: dict[int, Site]) -> Iterator[dict[int, Tensor]]:
-    """Collects what each block puts out while the context is open."""
-    outputs: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for layer, site in sites.items():
-            stack.callback(site.hook(model, partial(outputs.__setitem__, layer)).remove)
-        yield outputs
