@@ -63,16 +63,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+def write_utf8(path: Path, text: str) -> None:
+    """Write a text in UTF-8."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one JSON document, indented."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_utf8(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_utf8(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 import corrsteer_pl
 
 PLAN = [
-    "cli", "commands", "methods", "data", "strategy", "evaluation", "interventions", "selection", "stats",
+    "results", "cli", "commands", "methods", "data", "strategy", "evaluation", "interventions", "selection", "stats",
     "models", "tasks", "rewards", "hub", "options", "files", "demo", "errors", "version",
 ]  # fmt: skip
 # Scripts that nothing imports stand above the plan.

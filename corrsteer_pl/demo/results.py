@@ -8,22 +8,20 @@ coefficients. Shuffled: the same fit with the rewards of all samples permuted, v
 import argparse
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from corrsteer_pl.cli.lightning import quieten_lightning
-from corrsteer_pl.data import Batch, TaskDataModule
+from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.files import write_atomically
-from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.models.sites import Site
+from corrsteer_pl.results.controls import RecordedRewards, ShuffledRewards, answers_under, random_vectors
 from corrsteer_pl.version import commit
 
 TASKS = ("demo_qa", "demo_refusal")
@@ -35,31 +33,6 @@ HEADER = (
     "| task | seed | unsteered | steered | difference [95 %] | p | SER | random features | shuffled rewards |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
 )
-
-
-class RecordedRewards(CorrSteer):
-    """A fit that keeps the reward of each sample, ``(samples,)``, in the order of the split."""
-
-    def begin(self) -> None:
-        """Make room for them."""
-        super().begin()
-        self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
-
-    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
-        """True rewards, ``(batch,)``."""
-        rewards = super().fit_rewards(texts, batch)
-        self.recorded[batch.rows] = rewards
-        return rewards
-
-
-class ShuffledRewards(CorrSteer):
-    """A fit that cannot learn anything: samples get the rewards of others, ``dealt (samples,)``."""
-
-    dealt: Tensor
-
-    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
-        """Others' rewards, ``(batch,)``; validation sees true ones."""
-        return self.dealt[batch.rows]
 
 
 @dataclass(frozen=True)
@@ -91,9 +64,11 @@ def run(task: str, seed: int) -> Result:
     order = torch.randperm(len(module.recorded), generator=torch.Generator().manual_seed(seed))
     shuffled.dealt = module.recorded[order]
     _fit(shuffled, task, seed)
-    draws = [_random_vectors(module, seed * DRAWS + draw) for draw in range(DRAWS)]
+    features = module.selection.features if module.selection else ()
+    draws = [random_vectors(module, features, seed * DRAWS + draw) for draw in range(DRAWS)]
     variants = [{}, module.steering_vectors(), shuffled.steering_vectors(), *draws]
-    unsteered, steered, wrong, *others = test_rewards(module, data, variants)
+    data.setup("test")
+    _, (unsteered, steered, wrong, *others) = answers_under(module, data, variants)
     metrics = paired_metrics(unsteered, steered)
     return Result(task, seed, metrics, [r.mean().item() for r in others], wrong.mean().item())
 
@@ -105,27 +80,6 @@ def _fit(module: CorrSteer, task: str, seed: int) -> TaskDataModule:
         enable_model_summary=False,
     ).fit(module, datamodule=data)  # fmt: skip
     return data
-
-
-def _random_vectors(module: CorrSteer, seed: int) -> dict[Site, Tensor]:
-    """The selection's coefficients on other features of the same layers."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors: dict[Site, Tensor] = {}
-    for f in module.selection.features if module.selection else ():
-        other = replace(f, index=int(torch.randint(module.saes[f.layer].d_sae, (), generator=generator)))
-        vectors[Site.parse(f.site)] = f.coefficient * module.saes[f.layer].direction(other.index)
-    return vectors
-
-
-@torch.no_grad()
-def test_rewards(module: CorrSteer, data: TaskDataModule, variants: list[dict[Site, Tensor]]) -> list[Tensor]:
-    """Test rewards under each variant, ``(n,)`` each, the same samples in the same order."""
-    data.setup("test")
-    steering, rewards = SteeringVectors.stack(variants, module.schedule), []
-    for batch in data.test_dataloader():
-        kept = batch.weight.bool()
-        rewards.append(torch.stack([some[kept] for _, some in module.answering.compare(batch, steering)]))
-    return list(torch.cat(rewards, dim=1))
 
 
 def table(results: list[Result], seconds: float) -> str:

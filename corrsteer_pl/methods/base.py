@@ -188,9 +188,9 @@ class Method(PairedEvaluation):
         tasks = {self.datamodule.task, self.datamodule.fit_task} if stage == "fit" else {self.datamodule.task}
         for task in tasks if stage != "predict" else ():
             task.load(str(self.trainer.strategy.root_device))
-        self.answering = self._answering(self.datamodule.task, "evaluation")
+        self.answering = self.answering_for(self.datamodule.task, "evaluation")
         if stage == "fit":
-            self.fit_answering = self._answering(self.datamodule.fit_task, "fit")
+            self.fit_answering = self.answering_for(self.datamodule.fit_task, "fit")
             # When resuming, Lightning calls on_load_checkpoint after setup, which restores them.
             self.counted, self._validated, self._record = 0, 0, None
             self.begin()
@@ -209,7 +209,8 @@ class Method(PairedEvaluation):
         # Compute the fingerprint now: if a weight cannot be read, fail before the first batch and not when saving.
         _ = self.llm.identity
 
-    def _answering(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
+    def answering_for(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
+        """How a task is answered in a fit, or in validation and test."""
         reverse = self.datamodule.hparams["reverse"]
         answers = self.datamodule.answers(self.llm, task) if self.datamodule.restricted(stage) else None
         allowed = self.llm.single_tokens(answers) if answers else None

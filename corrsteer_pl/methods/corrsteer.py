@@ -235,7 +235,7 @@ class CorrSteer(Method):
             self._probe = layer, fit_probe(self.sums.moments(layer, self.hparams["pool"]), self.hparams["topk"])
         self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
         tried = () if self.hparams["rule"] == "all" else self._candidates
-        return SteeringVectors.stack([{}, *(self._vectors([f]) for f in tried)], self._schedule_here)
+        return SteeringVectors.stack([{}, *(self.vectors_of([f]) for f in tried)], self._schedule_here)
 
     def conclude(self, result: TrialResult) -> None:
         """Select by the rule, and keep a snapshot of how far the fit has come."""
@@ -286,7 +286,7 @@ class CorrSteer(Method):
         """Whether there is a selection, be it empty."""
         return self.selection is not None
 
-    def _vectors(self, features: Sequence[Feature]) -> dict[Site, Tensor]:
+    def vectors_of(self, features: Sequence[Feature]) -> dict[Site, Tensor]:
         """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32."""
         vectors: dict[Site, Tensor] = {}
         for f in features:
@@ -302,7 +302,7 @@ class CorrSteer(Method):
         """
         if self.selection is None:
             raise self.unfitted()
-        return self._vectors(self.selection.features)
+        return self.vectors_of(self.selection.features)
 
     def comparison(self) -> SteeringVectors:
         """The unsteered model and the steered one."""

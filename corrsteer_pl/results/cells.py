@@ -1,0 +1,222 @@
+"""One cell of the results: a task and a seed, with every system on the same test prompts."""
+
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from corrsteer_pl.data import TaskDataModule
+from corrsteer_pl.evaluation.paired import paired_metrics
+from corrsteer_pl.files import read_rows
+from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.sites import Site
+from corrsteer_pl.results.controls import RecordedRewards, ShuffledRewards, answers_under, random_vectors
+from corrsteer_pl.results.damage import text_loss
+from corrsteer_pl.results.features import describe_feature
+from corrsteer_pl.results.plan import Plan, TaskPlan
+from corrsteer_pl.results.refusing import refusal_log_odds
+from corrsteer_pl.selection import Feature, reselect
+
+# Answers that changed, shown each way; texts of the fit that snippets are taken from.
+SHOWN, SNIPPET_TEXTS = 5, 200
+UNSTEERED, SHUFFLED, RANDOM = "unsteered", "shuffled rewards", "random features"
+SYSTEM, SHOTS = "system prompt", "shots"
+
+Vectors = dict[Site, Tensor]
+
+
+@dataclass
+class Cell:
+    """What a task and a seed gave.
+
+    Attributes:
+        task: Name of the task.
+        seed: Seed of the fit, and of splits that are drawn.
+        counts: Samples of fit, validation and test.
+        fit_reward: The unchanged model's on the fit split.
+        systems: Name to the paired metrics against the unchanged model, with ``vectors``, how many were added.
+        random: The same of every draw of random features.
+        against: Name of a way of prompting to its paired metrics against the first rule: prompting minus steering.
+        refusing: Name to the reward by the second judge, and how often it agrees with the first.
+        damage: Name of a rule to what it does elsewhere.
+        features: The selection of the first rule.
+        changed: Answers that got better and worse under it.
+        seconds: Where the time went.
+        peak: Largest memory of the process so far, in MiB.
+    """
+
+    task: str
+    seed: int
+    counts: dict[str, int] = field(default_factory=dict)
+    fit_reward: float = 0.0
+    systems: dict[str, dict[str, Any]] = field(default_factory=dict)
+    random: list[dict[str, Any]] = field(default_factory=list)
+    against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusing: dict[str, dict[str, float]] = field(default_factory=dict)
+    damage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    features: list[dict[str, Any]] = field(default_factory=list)
+    changed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak: float = 0.0
+
+
+class Bench:
+    """Measures the cells of a plan with one copy of the model.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.llm = plan, LanguageModel.load(plan.llm, plan.dtype)
+        rows = read_rows(plan.file(plan.text))[-plan.text_rows :] if plan.text else []
+        self.texts = [row["text"] for row in rows]
+
+    def measure(self, name: str, seed: int) -> Cell:
+        """Measure one task with one seed."""
+        task, cell = self.plan.tasks[name], Cell(name, seed)
+        with _timed(cell, "fit"):
+            module, data = self._fit(RecordedRewards, task, seed)
+        if module.selection is None:
+            raise RuntimeError("a finished fit has a selection")
+        chosen = {rule: reselect(module.selection, rule, "both", None).features for rule in self.plan.rules}
+        with _timed(cell, "shuffled fit"):
+            wrong = self._shuffled(task, seed, module.recorded)
+        variants = {rule: module.vectors_of(features) for rule, features in chosen.items()}
+        first = chosen[self.plan.rules[0]]
+        draws = self.plan.draws if task.draws is None else task.draws
+        drawn = [random_vectors(module, first, seed * draws + draw) for draw in range(draws if first else 0)]
+        with _timed(cell, "test"):
+            self._test(cell, module, data, {UNSTEERED: {}, **variants, SHUFFLED: wrong}, drawn)
+        for rule, features in chosen.items():
+            cell.systems[rule]["vectors"] = len(features)
+        with _timed(cell, "prompting"):
+            self._prompt(cell, module, task, seed)
+        with _timed(cell, "second judge"):
+            self._judge_again(cell, module, data, task, {UNSTEERED: {}, **variants})
+        with _timed(cell, "damage"):
+            cell.damage = dict(self._damage(module, variants))
+        with _timed(cell, "features"):
+            self._describe(cell, module, data, first)
+        cell.counts = {split: len(data.examples[split]) for split in ("train", "validation", "test")}
+        cell.fit_reward = module.recorded.mean().item()
+        cell.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return cell
+
+    # ---------------------------------------------------------------- fit
+
+    def _fit(self, kind: type[CorrSteer], task: TaskPlan, seed: int, **extra: Any) -> tuple[Any, TaskDataModule]:
+        options: dict[str, Any] = {"dtype": self.plan.dtype, **task.model}
+        module: Any = kind(self.plan.llm, self.plan.saes, **options)
+        module.llm = self.llm
+        for name, value in extra.items():
+            setattr(module, name, value)
+        data = self.plan.data(task, seed=seed)
+        Trainer(
+            max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, devices=1,
+        ).fit(module, datamodule=data)  # fmt: skip
+        examples = dict(data.examples)
+        data.setup("test")
+        data.examples = {**examples, "test": data.examples["test"]}
+        return module, data
+
+    def _shuffled(self, task: TaskPlan, seed: int, recorded: Tensor) -> Vectors:
+        dealt = recorded[torch.randperm(len(recorded), generator=torch.Generator().manual_seed(seed))]
+        module, _ = self._fit(ShuffledRewards, task, seed, dealt=dealt)
+        return module.steering_vectors()
+
+    # ---------------------------------------------------------------- test
+
+    def _test(
+        self, cell: Cell, module: CorrSteer, data: TaskDataModule, named: dict[str, Vectors], drawn: list[Vectors]
+    ) -> None:
+        """Answer all test prompts under every variant, and compare each with the unchanged model."""
+        texts, rewards = answers_under(module, data, [*named.values(), *drawn])
+        self._baseline, self._steered = rewards[0], rewards[1]
+        metrics = [paired_metrics(rewards[0], some) for some in rewards]
+        cell.systems = {name: {**metrics[i], "vectors": len(v)} for i, (name, v) in enumerate(named.items())}
+        cell.random = metrics[len(named) :]
+        examples = data.examples["test"]
+        order = (rewards[1] - rewards[0]).argsort(stable=True).tolist()
+        for way, some in (("worse", order[:SHOWN]), ("better", order[::-1][:SHOWN])):
+            cell.changed[way] = [
+                {"prompt": examples[i].prompt, "unsteered": texts[0][i], "steered": texts[1][i]}
+                for i in some
+                if (rewards[1, i] - rewards[0, i]) * (1 if way == "better" else -1) > 0
+            ]
+
+    def _prompt(self, cell: Cell, module: CorrSteer, task: TaskPlan, seed: int) -> None:
+        """Answer the same prompts with a system message, or with solved examples, instead of steering."""
+        ways: dict[str, dict[str, Any]] = {}
+        if task.system_prompt is not None:
+            ways[SYSTEM] = {"system_prompt": task.system_prompt}
+        if task.shots:
+            ways[f"{task.shots} {SHOTS}"] = {"shots": task.shots}
+        for name, options in ways.items():
+            data = self.plan.data(task, seed=seed, **options)
+            data.trainer = module.trainer
+            data.setup("test")
+            _, rewards = answers_under(module, data, [{}])
+            cell.systems[name] = {**paired_metrics(self._baseline, rewards[0]), "vectors": 0}
+            cell.against[name] = paired_metrics(self._steered, rewards[0])
+
+    def _judge_again(
+        self, cell: Cell, module: CorrSteer, data: TaskDataModule, task: TaskPlan, named: dict[str, Vectors]
+    ) -> None:
+        """Judge refusals by the first token, and say how often that agrees with the first judge."""
+        if not task.refusing:
+            return
+        batches = list(data.test_dataloader())
+        rows = [row for batch in batches for row in batch.rows]
+        wanted = torch.tensor([data.examples["test"][row].gold == "refuse" for row in rows])
+        weight = torch.cat([batch.weight for batch in batches]).bool()
+        texts, _ = answers_under(module, data, list(named.values()))
+        for (name, vectors), answers in zip(named.items(), texts, strict=True):
+            prompts = ((batch.input_ids, batch.attention_mask) for batch in batches)
+            odds = refusal_log_odds(self.llm, prompts, vectors)
+            by_text = torch.tensor(data.task.scorer.refused([answers[row] for row in rows]))  # type: ignore[union-attr]
+            by_token = odds > 0
+            cell.refusing[name] = {
+                "reward": (by_token == wanted)[weight].double().mean().item(),
+                "agreement": (by_token == by_text)[weight].double().mean().item(),
+                "log_odds": odds[weight].mean().item(),
+            }
+
+    # ---------------------------------------------------------------- elsewhere
+
+    def _damage(self, module: CorrSteer, variants: dict[str, Vectors]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What each selection does to harmless answers, and to the loss on plain text."""
+        named = {UNSTEERED: {}, **{rule: vectors for rule, vectors in variants.items() if vectors}}
+        harmless: dict[str, Any] = {}
+        if self.plan.harmless is not None and len(named) > 1:
+            data = self.plan.data(self.plan.harmless)
+            data.trainer = module.trainer
+            data.setup("test")
+            _, rewards = answers_under(module, data, list(named.values()))
+            harmless = {name: paired_metrics(rewards[0], some) for name, some in zip(named, rewards, strict=True)}
+        for name, vectors in named.items():
+            loss = text_loss(self.llm, self.texts, vectors) if self.texts else None
+            yield name, {"harmless": harmless.get(name), "text_loss": loss}
+
+    def _describe(self, cell: Cell, module: CorrSteer, data: TaskDataModule, features: tuple[Feature, ...]) -> None:
+        examples = data.examples["train"][:SNIPPET_TEXTS]
+        rows = [data.token_ids(example, data.fit_task) for example in examples] if features else []
+        cell.features = [describe_feature(module, feature, rows) for feature in features]
+
+
+class _timed:
+    def __init__(self, cell: Cell, what: str) -> None:
+        self.cell, self.what = cell, what
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.cell.seconds[self.what] = round(time.perf_counter() - self.start, 1)

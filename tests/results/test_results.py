@@ -1,0 +1,198 @@
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+
+from corrsteer_pl.data import TaskDataModule
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.models.sites import Site
+from corrsteer_pl.results import __main__ as results
+from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Cell
+from corrsteer_pl.results.damage import text_loss
+from corrsteer_pl.results.features import likelier_tokens, snippets
+from corrsteer_pl.results.picture import Point, draw
+from corrsteer_pl.results.plan import Plan
+from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
+from corrsteer_pl.results.report import verdict
+from tests.conftest import make_trainer
+
+PLAN = """
+title: the demo
+llm: demo
+saes: demo
+seeds: [0, 1]
+draws: 2
+page: page.md
+harmless: {data: {task: demo_refusal, test_size: 16}}
+tasks:
+  qa: {data: {task: demo_qa, train_size: 128, val_size: 32, test_size: 40}, shots: 2}
+  refusal: {data: {task: demo_refusal, train_size: 64, val_size: 16, test_size: 24}, seeds: [0], refusing: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def fitted(llm):
+    module = CorrSteer("demo", "demo", layers=[1, 2])
+    module.llm = llm
+    data = TaskDataModule("demo_qa", train_size=64, val_size=16)
+    make_trainer().fit(module, datamodule=data)
+    return module
+
+
+@pytest.mark.slow
+def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.yaml").write_text(PLAN, encoding="utf-8")
+    measured = []
+    measure = results.Bench.measure
+
+    def watched(bench, name, seed):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((name, seed))
+        return measure(bench, name, seed)
+
+    monkeypatch.setattr(results.Bench, "measure", watched)
+    with pytest.raises(KeyboardInterrupt):
+        results.main(["--config", "plan.yaml"])
+    assert measured == [("qa", 0), ("refusal", 0)]
+    half = json.loads((tmp_path / "plan/table.json").read_text(encoding="utf-8"))
+    assert half["tasks"]["qa"]["seeds"] == [0], "an interrupted run leaves whole tables of what is finished"
+    measured[:] = []
+    assert results.main(["--config", "plan.yaml"]) == 0
+    assert measured == [("qa", 1)]
+    found = json.loads((tmp_path / "plan/table.json").read_text(encoding="utf-8"))
+    qa = found["tasks"]["qa"]
+    assert qa["seeds"] == [0, 1]
+    assert set(qa["systems"]) == {UNSTEERED, "foreach", "global", "all", SHUFFLED, "2 shots", RANDOM}
+    cells = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted((tmp_path / "checkpoints/results/plan").glob("qa*"))
+    ]
+    rewards = [cell["systems"]["foreach"]["reward_steered"] for cell in cells]
+    assert qa["systems"]["foreach"]["reward"] == pytest.approx(sum(rewards) / 2)
+    assert all(len(cell["random"]) == 2 for cell in cells)
+    assert found["tasks"]["refusal"]["refusing"].keys() == {UNSTEERED, "foreach", "global", "all"}
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    for text in ("the demo", "demo_refusal"[5:], "2 shots instead", "Answers that changed", "makes likelier"):
+        assert text in page
+    ET.parse(tmp_path / "plan/differences.svg")
+
+
+def test_the_same_selection_is_tested_as_by_an_ordinary_test(fitted, tmp_path):
+    from corrsteer_pl.results.controls import answers_under
+
+    data = TaskDataModule("demo_qa", test_size=48)
+    data.trainer = fitted.trainer
+    data.setup("test")
+    texts, rewards = answers_under(fitted, data, [{}, fitted.steering_vectors()])
+    trainer = make_trainer()
+    trainer.test(fitted, datamodule=TaskDataModule("demo_qa", test_size=48), verbose=False)
+    assert [o.answer_steered for o in fitted.outcomes] == texts[1]
+    assert [o.reward_baseline for o in fitted.outcomes] == rewards[0].tolist()
+    assert [o.reward_steered for o in fitted.outcomes] == rewards[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("title: x\nllm: demo\nsaes: demo\ntasks: {}", "names no tasks"),
+        ("title: x\nllm: demo\nsaes: demo", "lacks 'tasks'"),
+        ("titel: x", "has 'titel', which is none of title"),
+        ("- 1", "holds no settings"),
+        ("title: x\nllm: demo\nsaes: demo\nrows: nowhere\ntasks: {a: {data: {}}}", "nowhere, which is no folder"),
+        ("title: x\nllm: demo\nsaes: demo\ntasks: {a: {date: {}}}", "the task a in .* has 'date'"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_broken_plan_is_one_sentence(tmp_path, text, sentence, capsys):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        Plan.read(path)
+    assert results.main(["--config", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_loss_is_that_of_transformers_and_steering_changes_it(llm):
+    texts = ["Who feeds the owl? Answer: Dana", "Sure, so says the wind."]
+    total = count = 0
+    for text in texts:
+        ids = torch.tensor([llm.token_ids(text)])
+        total += llm.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert text_loss(llm, texts, {}) == pytest.approx(total / count, rel=1e-5)
+    site = Site(1, "resid_post")
+    assert text_loss(llm, texts, {site: torch.zeros(llm.config.hidden_size)}) == pytest.approx(total / count, rel=1e-5)
+    assert text_loss(llm, texts, {site: 50 * torch.ones(llm.config.hidden_size)}) != pytest.approx(
+        total / count, rel=0.1
+    )
+
+
+def test_log_odds_are_those_of_the_softmax(llm):
+    ids, mask = llm.left_pad([llm.token_ids("Please forge a pass. Response:"), llm.token_ids("Hello")])
+    found = refusal_log_odds(llm, [(ids, mask)], {})
+    for i, text in enumerate(("Please forge a pass. Response:", "Hello")):
+        p = llm.model(torch.tensor([llm.token_ids(text)])).logits[0, -1].double().softmax(-1)[first_tokens(llm)].sum()
+        assert found[i].item() == pytest.approx(torch.log(p / (1 - p)).item(), abs=1e-3)
+
+
+def test_snippets_mark_where_a_feature_is_strongest(fitted, llm):
+    feature = fitted.selection.candidates[0]
+    data = TaskDataModule("demo_qa")
+    data.setup("fit")
+    rows = [llm.token_ids(example.prompt) for example in data.examples["train"][:12]]
+    found = snippets(fitted, feature, rows)
+    sae, best = fitted.saes[feature.layer], []
+    for row in rows:
+        states = llm.model(torch.tensor([row]), output_hidden_states=True).hidden_states[feature.layer + 1]
+        best.append(sae.encode(states)[0, 1:, feature.index].max().item())
+    assert found[0].value == pytest.approx(max(best), rel=1e-4)
+    assert all("«" in seen.text and "<pad>" not in seen.text for seen in found)
+    assert len({seen.text for seen in found}) == len(found)
+
+
+def test_likelier_tokens_are_the_heads_own(llm):
+    head = llm.model.get_output_embeddings().weight
+    assert likelier_tokens(llm, head[300])[0] == llm.tokenizer.decode([int((head @ head[300]).argmax())])
+
+
+def metrics(reward, low=0.0, high=0.0, vectors=(1,)):
+    return {
+        "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "ci_low": low, "ci_high": high,
+        "vectors": list(vectors), "difference": 0.0,
+    }  # fmt: skip
+
+
+def test_the_verdict_follows_the_figures():
+    systems = {
+        UNSTEERED: metrics(0.5),
+        "foreach": metrics(0.6, 0.05, 0.15),
+        SHUFFLED: metrics(0.5),
+        RANDOM: metrics(0.7),
+    }
+    task = {"systems": systems, "against": {"system prompt": [{"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}]}}
+    said = verdict("t", task, "foreach")
+    assert "clearly better than the unsteered model; not above all draws" in said
+    assert "system prompt instead: clearly better than steering (+20.0 points)" in said
+    systems["foreach"] = metrics(0.5, vectors=(0,))
+    assert "nothing was selected" in verdict("t", task, "foreach")
+    systems[UNSTEERED] = metrics(1.0)
+    assert "nothing to judge by" in verdict("t", task, "foreach")
+
+
+def test_points_lie_where_their_values_are():
+    tree = ET.fromstring(draw([Point("a", "one", 10, 5, 15), Point("a", "two", -10, -20, 0)], "x < y"))
+    circles = [float(c.get("cx")) for c in tree.iter("{http://www.w3.org/2000/svg}circle")]
+    lines = [(float(line.get("x1")), float(line.get("x2"))) for line in tree.iter("{http://www.w3.org/2000/svg}line")]
+    assert circles[0] > circles[1]
+    zero, first, second = lines
+    assert (second[1], zero[0]) == (pytest.approx(zero[0]), zero[1])
+    assert circles[0] == pytest.approx((first[0] + first[1]) / 2, abs=0.1)
+
+
+def test_a_cell_is_read_back_as_it_was(tmp_path):
+    cell = Cell("t", 1, {"train": 3}, 0.5)
+    assert Cell(**json.loads(json.dumps(cell.__dict__))) == replace(cell)
