@@ -16,12 +16,11 @@ from benchmarks import fits
 from benchmarks.rows import Row, rows
 from benchmarks.startup import startup
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import write_atomically, write_json
+from corrsteer_pl.files import write_between, write_json
 from corrsteer_pl.version import commit
 
 FOLDER = Path(__file__).parent
 RESULTS, README = FOLDER / "results.json", FOLDER / "README.md"
-MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADER = "| work | against | ours, s | plain, s | ratio | wanted | same answers |\n|---|---|---|---|---|---|---|\n"
 MEMORY = (
     "| samples | layers | features | peak, MiB | ratio | the fit's | predicted: sums | activations | variants |\n"
@@ -104,10 +103,7 @@ def write_readme(shown: str, about: dict) -> None:
     """Put the tables between the marks of the README."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     note = f"Measured on {about['date']} at commit {about['commit']}: {about['machine']}, {about['dtype']}, {versions}."
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    text = f"{before}{MARKS[0]}\n{shown}\n{note}\n{MARKS[1]}{after}"
-    write_atomically(README, lambda file: file.write_text(text, encoding="utf-8"))
+    write_between(README, "results", f"{shown}\n{note}\n")
 
 
 def main(args: list[str]) -> int:

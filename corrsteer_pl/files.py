@@ -68,6 +68,20 @@ def write_utf8(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Replace what stands in a file between the comments ``<!-- mark -->`` and ``<!-- end of mark -->``.
+
+    Raises:
+        UserError: The file lacks the comments, or cannot be written.
+    """
+    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, rest = whole.partition(first)
+    if last not in rest:
+        raise UserError(f"{path} has no place for a table. Put {first} and {last} into it, each on a line of its own.")
+    write_utf8(path, f"{before}{first}\n{text}{last}{rest.partition(last)[2]}")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one JSON document, indented."""
     write_utf8(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

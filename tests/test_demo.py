@@ -105,10 +105,3 @@ def test_shuffled_rewards_are_those_of_any_other_samples(monkeypatch):
         expected += reward * reader.pools[1]["max"].value[0]
     torch.testing.assert_close(shuffled.sums.moments(1, "max").xy, expected, rtol=1e-5, atol=1e-5)
     assert recorded.recorded.tolist() == true
-
-
-def test_the_table_goes_between_the_marks(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
-    results.write_into(readme, "new\n")
-    assert readme.read_text() == "before\n<!-- results -->\nnew\n<!-- end of results -->\nafter\n"

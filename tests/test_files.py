@@ -9,7 +9,7 @@ import pytest
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import check_writable, write_atomically
+from corrsteer_pl.files import check_writable, write_atomically, write_between
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import make_trainer
 
@@ -81,3 +81,15 @@ def test_a_folder_that_one_may_not_look_into_is_one_sentence(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="not yours to write"):
         check_writable(tmp_path / "a" / "b")
+
+
+def test_a_text_goes_between_its_marks_and_nowhere_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n", encoding="utf-8")
+    write_between(readme, "a", "new\n")
+    assert readme.read_text(encoding="utf-8") == "before\n<!-- a -->\nnew\n<!-- end of a -->\nafter\n"
+    for text in ("", "<!-- end of b -->\n<!-- b -->", "<!-- b -->"):
+        readme.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="has no place for a table"):
+            write_between(readme, "b", "new")
+        assert readme.read_text(encoding="utf-8") == text

@@ -19,7 +19,7 @@ from corrsteer_pl.cli.lightning import quieten_lightning
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.tables import percent
-from corrsteer_pl.files import write_atomically
+from corrsteer_pl.files import write_between
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.results.controls import RecordedRewards, ShuffledRewards, answers_under, random_vectors
 from corrsteer_pl.version import commit
@@ -28,7 +28,6 @@ TASKS = ("demo_qa", "demo_refusal")
 SEEDS = (0, 1, 2)
 DRAWS = 10
 FIT: dict[str, Any] = {"train_size": 2000, "val_size": 300, "batch_size": 32}
-MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADER = (
     "| task | seed | unsteered | steered | difference [95 %] | p | SER | random features | shuffled rewards |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
@@ -97,14 +96,6 @@ def table(results: list[Result], seconds: float) -> str:
     return HEADER + "".join(map(str, results)) + note
 
 
-def write_into(readme: Path, text: str) -> None:
-    """Replace what stands between the marks."""
-    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    whole = f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}"
-    write_atomically(readme, lambda file: file.write_text(whole, encoding="utf-8"))
-
-
 def main() -> None:
     """Measure, print, and write into a README if one is named."""
     parser = argparse.ArgumentParser(description="Results on the embedded world, with controls.")
@@ -117,7 +108,7 @@ def main() -> None:
     text = table(results, time.monotonic() - start)
     print(text)  # noqa: T201
     if options.readme:
-        write_into(options.readme, text)
+        write_between(options.readme, "demo results", text)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,20 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from corrsteer_pl.cli.lightning import quieten_lightning
 from corrsteer_pl.commands.train_saes import RECORD
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import percent, show
-from corrsteer_pl.files import write_json, write_utf8
+from corrsteer_pl.files import write_between, write_json, write_utf8
 from corrsteer_pl.results.cells import UNSTEERED, Bench, Cell
 from corrsteer_pl.results.picture import draw
 from corrsteer_pl.results.plan import Plan
-from corrsteer_pl.results.report import page, points, summary, table
+from corrsteer_pl.results.report import page, points, short_table, summary, table
 from corrsteer_pl.results.saes import make_saes
+from corrsteer_pl.results.store import Store
 
 
 def main(args: list[str]) -> int:
@@ -26,66 +27,57 @@ def main(args: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the plan, a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the results; beside the plan, of its name, if left out")
     parser.add_argument("--cells", type=Path, help="folder of finished cells; checkpoints/results/NAME if left out")
+    parser.add_argument("--readme", type=Path, help="file to write a short table into, between its marks")
     options = parser.parse_args(args)
     quieten_lightning()
     warnings.filterwarnings("ignore")
     try:
         plan = Plan.read(options.config)
-        run(
-            plan,
-            options.out or options.config.with_suffix(""),
-            options.cells or Path("checkpoints/results") / plan.name,
-        )
+        store = Store(options.cells or Path("checkpoints/results") / plan.name)
+        run(plan, store, options.out or options.config.with_suffix(""), options.readme)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
 
 
-def run(plan: Plan, out: Path, kept: Path) -> None:
+def run(plan: Plan, store: Store, out: Path, readme: Path | None = None) -> None:
     """Measure what is missing of a plan; seed by seed, so that an interrupted run has whole tables of fewer seeds."""
-    wanted = [
-        (name, seed)
-        for seed in sorted({s for task in plan.tasks.values() for s in task.seeds or plan.seeds})
-        for name, task in plan.tasks.items()
-        if seed in (task.seeds or plan.seeds)
-    ]
-    files = {(name, seed): kept / f"{name}-{seed}.json" for name, seed in wanted}
-    missing = [pair for pair, file in files.items() if not file.exists()]
+    wanted = plan.cells()
+    found = {pair: store.find(*pair, plan.settings(pair[0])) for pair in wanted}
+    missing = [pair for pair, cell in found.items() if cell is None]
     show(
-        f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished. On 2 cores a cell takes minutes to an hour."
+        f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished; on 2 cores a cell takes minutes to an hour."
     )
     make_saes(plan)
-    bench = Bench(plan) if missing else None
-    for name, seed in missing:
-        if bench is not None:
-            cell = bench.measure(name, seed)
-            write_json(files[name, seed], asdict(cell))
-            show(
-                f"{name}, seed {seed}: "
-                + ", ".join(f"{s} {percent(m['reward_steered'])}" for s, m in cell.systems.items())
-            )
-            write(plan, out, list(files.values()))
-    write(plan, out, list(files.values()))
+    if missing:
+        bench = Bench(plan)
+        for pair in missing:
+            found[pair] = cell = bench.measure(*pair)
+            store.keep(cell)
+            show(_line(cell))
+            write(plan, [cell for cell in found.values() if cell], out, readme)
+    write(plan, [cell for cell in found.values() if cell], out, readme)
 
 
-def write(plan: Plan, out: Path, files: list[Path]) -> None:
-    """Write table, picture and page from the finished cells."""
-    cells = [Cell(**json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists()]
+def _line(cell: Cell) -> str:
+    rewards = ", ".join(f"{system} {percent(m['reward_steered'])}" for system, m in cell.systems.items())
+    return f"{cell.task}, seed {cell.seed}: {rewards}; {sum(cell.seconds.values()):.0f} s"
+
+
+def write(plan: Plan, cells: Sequence[Cell], out: Path, readme: Path | None) -> None:
+    """Write table, picture and page from finished cells."""
     found = summary(plan, cells)
     record = Path(plan.saes) / RECORD
     saes = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-    texts = {
-        out / "table.md": table(found),
-        out / "differences.svg": draw(
-            points(found), f"{plan.title}: difference from {UNSTEERED}, percentage points, 95 %"
-        ),
-    }
-    if plan.page is not None:
-        texts[Path(plan.page)] = page(plan, found, cells, saes)
-    for path, text in texts.items():
-        write_utf8(path, text)
+    caption = f"{plan.title}: difference from {UNSTEERED}, percentage points, 95 %"
     write_json(out / "table.json", {**found, "saes": saes})
+    write_utf8(out / "table.md", table(found))
+    write_utf8(out / "differences.svg", draw(points(found), caption))
+    if plan.page is not None:
+        write_utf8(Path(plan.page), page(plan, found, cells, saes))
+    if readme is not None:
+        write_between(readme, f"{plan.name} results", short_table(plan, found))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from corrsteer_pl.results.features import describe_feature
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
 from corrsteer_pl.selection import Feature, reselect
+from corrsteer_pl.version import commit
 
 # Answers that changed, shown each way; texts of the fit that snippets are taken from.
 SHOWN, SNIPPET_TEXTS = 5, 200
@@ -38,6 +39,8 @@ class Cell:
     Attributes:
         task: Name of the task.
         seed: Seed of the fit, and of splits that are drawn.
+        settings: What it was measured with, as :meth:`~corrsteer_pl.results.plan.Plan.settings` says.
+        commit: Of the code.
         counts: Samples of fit, validation and test.
         fit_reward: The unchanged model's on the fit split.
         systems: Name to the paired metrics against the unchanged model, with ``vectors``, how many were added.
@@ -53,6 +56,8 @@ class Cell:
 
     task: str
     seed: int
+    settings: str = ""
+    commit: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     fit_reward: float = 0.0
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -80,7 +85,7 @@ class Bench:
 
     def measure(self, name: str, seed: int) -> Cell:
         """Measure one task with one seed."""
-        task, cell = self.plan.tasks[name], Cell(name, seed)
+        task, cell = self.plan.tasks[name], Cell(name, seed, self.plan.settings(name), commit())
         with _timed(cell, "fit"):
             module, data = self._fit(RecordedRewards, task, seed)
         if module.selection is None:

@@ -1,6 +1,8 @@
 """What is to be measured, as a YAML file says it."""
 
-from dataclasses import MISSING, dataclass, field, fields
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,6 +124,18 @@ class Plan:
                     f"the rows in {path} are {given['rows']}, which is no folder. Name one, or null for the Hub."
                 )
         return cls(**given, name=path.stem)
+
+    def cells(self) -> list[tuple[str, int]]:
+        """Task and seed of every cell, seed by seed."""
+        seeds = {name: task.seeds or self.seeds for name, task in self.tasks.items()}
+        return [(name, seed) for seed in sorted(set().union(*seeds.values())) for name in seeds if seed in seeds[name]]
+
+    def settings(self, name: str) -> str:
+        """A hash of all that a task's figures depend on, but for the seed and the code."""
+        said = {**asdict(self), "tasks": asdict(self.tasks[name])}
+        kept = {key: value for key, value in said.items() if key not in ("title", "page", "name", "seeds", "rows")}
+        kept["tasks"].pop("seeds")
+        return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     def data(self, task: TaskPlan, **changed: Any) -> TaskDataModule:
         """The data module of a task, with some options changed."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from corrsteer_pl.evaluation.tables import percent
-from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Cell
+from corrsteer_pl.results.cells import RANDOM, SHOTS, SHUFFLED, SYSTEM, UNSTEERED, Cell
 from corrsteer_pl.results.picture import Point
 from corrsteer_pl.results.plan import Plan
-from corrsteer_pl.version import commit
 
 HEADER = (
     "| task | system | seeds | n | reward | difference [95 %] | p | SER | vectors | harmless | text loss |\n"
@@ -36,7 +35,7 @@ def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
             }
     return {
         "title": plan.title,
-        "commit": commit(),
+        "commit": ", ".join(sorted({cell.commit for cell in cells})),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "dtype": plan.dtype,
@@ -98,7 +97,7 @@ def _line(name: str, system: str, task: dict[str, Any], m: dict[str, Any]) -> st
     elif m["deviation"] is not None:
         reward += f" ± {percent(m['deviation'])}"
     plain = system == UNSTEERED
-    difference = "" if plain else f"{100 * m['difference']:+.1f} [{percent(m['ci_low'])}, {percent(m['ci_high'])}]"
+    difference = "" if plain else _difference(m)
     p = "" if plain or system == RANDOM else ", ".join(f"{p:.1g}" for p in m["p_values"])
     ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
     vectors = ", ".join(str(v) for v in m["vectors"]) if m["vectors"] and any(m["vectors"]) else ""
@@ -115,6 +114,40 @@ NOTE = (
     "prompts permuted, validated on true ones. SER: share of changed answers that got worse. Harmless: change of the "
     "reward on harmless requests. Text loss: change in nats per token on plain text, steered at every position.\n"
 )
+
+
+SHORT = (
+    "| task | n | unsteered | steered | difference [95 %] | SER | random features | shuffled rewards | system prompt "
+    "| shots |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def short_table(plan: Plan, found: dict[str, Any]) -> str:
+    """One line a task, for a README: the first rule against the controls and against prompting."""
+    text = SHORT
+    for name, task in found["tasks"].items():
+        systems, shots = task["systems"], plan.tasks[name].shots
+        m, drawn = systems[plan.rules[0]], systems.get(RANDOM)
+        random = (
+            f"{percent(drawn['reward'])} ({percent(drawn['lowest'])} to {percent(drawn['highest'])})" if drawn else ""
+        )
+        others = [systems[key]["reward"] if key in systems else None for key in (SHUFFLED, SYSTEM, f"{shots} {SHOTS}")]
+        ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
+        cells = (
+            name, m["n"], percent(systems[UNSTEERED]["reward"]), percent(m["reward"]), _difference(m), ratio, random,
+            *(percent(reward) for reward in others),
+        )  # fmt: skip
+        text += f"| {' | '.join(map(str, cells))} |\n"
+    seeds = max(len(task["seeds"]) for task in found["tasks"].values())
+    return text + (
+        f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over {seeds} seed{'s'[: seeds > 1]}. "
+        f"Measured at commit {found['commit']} on {found['machine']}, torch {found['torch']}, {found['dtype']}, by "
+        f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.\n"
+    )
+
+
+def _difference(m: dict[str, Any]) -> str:
+    return f"{100 * m['difference']:+.1f} [{percent(m['ci_low'])}, {percent(m['ci_high'])}]"
 
 
 def verdict(name: str, task: dict[str, Any], rule: str) -> str:

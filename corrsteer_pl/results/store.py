@@ -1,0 +1,42 @@
+"""Finished cells on disk, by which an interrupted run goes on."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import write_json
+from corrsteer_pl.results.cells import Cell
+
+
+class Store:
+    """A folder with one file for each cell.
+
+    Args:
+        folder: It need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, task: str, seed: int, settings: str) -> Cell | None:
+        """A finished cell; None if there is none, or if it was measured with other settings.
+
+        Raises:
+            UserError: Its file is damaged.
+        """
+        path = self._path(task, seed)
+        if not path.exists():
+            return None
+        try:
+            cell = Cell(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is no cell of results ({error}). Remove it to measure it again.") from None
+        return cell if cell.settings == settings else None
+
+    def keep(self, cell: Cell) -> None:
+        """Write a finished cell."""
+        write_json(self._path(cell.task, cell.seed), asdict(cell))
+
+    def _path(self, task: str, seed: int) -> Path:
+        return self.folder / f"{task}-{seed}.json"
