@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format bench table clean check-latest
+.PHONY: help demo test check format bench table results clean check-latest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -47,6 +47,9 @@ bench: $(READY)  ## measure speed against plain ways, on an idle machine, and wr
 
 table: $(READY)  ## write the table of results into the README
 	$(BIN)/python -m corrsteer_pl.demo.results --readme README.md
+
+results: $(READY) smollm2  ## the recorded run on a real model, which takes hours, and its table in the README
+	$(BIN)/python -m corrsteer_pl.results --config results/smollm2.yaml --readme README.md
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .venv-latest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
