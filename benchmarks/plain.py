@@ -115,3 +115,13 @@ def plain_fit_pass(world: World, prompts: Any, size: int) -> tuple[dict[int, Ten
         texts = [text for ids in prompts.input_ids.split(size) for text in generate(world, ids, 1)]
     rewards = torch.tensor([is_even(text) for text in texts], dtype=torch.float64)
     return {layer: world.saes[layer].encode(torch.cat(kept)) for layer, kept in residuals.items()}, rewards
+
+
+@torch.no_grad()
+def plain_trunk(world: World, texts: Tensor, layer: int, size: int = 16) -> Tensor:
+    """The output of a block for texts ``(texts, tokens)``, by passes without the head."""
+    found: list[Tensor] = []
+    with hooked(world.llm.model, {layer: found.append}):
+        for ids in texts.split(size):
+            world.llm.model.get_decoder()(ids, use_cache=False)
+    return torch.cat(found)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.world import BATCH, World, fit, fit_pass, is_even, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.decoding.decode import Decoder
+from corrsteer_pl.models.sae_training.activations import ROUND, Activations
 from corrsteer_pl.models.sites import Site
 
 # Layer and index of candidates, their coefficients, and the rewards of the unsteered model and of each.
@@ -109,6 +111,7 @@ def rows(options: Namespace) -> Iterator[Row]:
     )  # fmt: skip
     yield from _fit_passes(world, options)
     yield _steered_decoding(world, options)
+    yield _sae_training_stream(world, options)
 
 
 def _whole_fit(world: World, options: Namespace) -> Row:
@@ -182,4 +185,27 @@ def _steered_decoding(world: World, options: Namespace) -> Row:
         "unsteered decoding", 1.03, 4 * options.repeats + 1,
         lambda: run(True), lambda: run(False),
         lambda steered, unsteered: steered == 4 * by_hand != unsteered, faster=False,
+    )  # fmt: skip
+
+
+def _sae_training_stream(world: World, options: Namespace) -> Row:
+    count, length = (128, 128) if options.tokens > 100 else (16, 16)
+    texts = world.prompts(count, length).input_ids
+    sites = {layer: sae.site for layer, sae in world.saes.items()}
+
+    def ours() -> dict[int, Tensor]:
+        stream = Activations(world.llm, sites, texts.tolist(), texts.numel() // ROUND, seed=0)
+        batches = list(stream.round())
+        return {layer: torch.cat([batch[layer] for batch in batches]) for layer in sites}
+
+    def same(found: dict[int, Tensor], states: Tensor) -> bool:
+        # A stream mixes tokens, and leaves out the first of each text, and those that fill no batch.
+        expected, layer = states[:, 1:].flatten(0, 1), max(sites)
+        apart = torch.cdist(found[layer], expected, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
+        return bool((apart < 1e-2).all()) and len(found[layer]) > 0.8 * len(expected)
+
+    return measure(
+        f"reading {count} texts x {length} tokens for the training of {len(sites)} SAEs",
+        "forward passes of the trunk", 1.25, options.repeats,
+        ours, lambda: plain.plain_trunk(world, texts, max(sites)), same, faster=False,
     )  # fmt: skip

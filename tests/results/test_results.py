@@ -1,6 +1,8 @@
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from corrsteer_pl.results.picture import Point, draw
 from corrsteer_pl.results.plan import Plan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
 from corrsteer_pl.results.report import verdict
-from tests.conftest import make_trainer
+from corrsteer_pl.selection import RULES
+from tests.conftest import CONFIGS, make_trainer
 
 PLAN = """
 title: the demo
@@ -196,3 +199,21 @@ def test_points_lie_where_their_values_are():
 def test_a_cell_is_read_back_as_it_was(tmp_path):
     cell = Cell("t", 1, {"train": 3}, 0.5)
     assert Cell(**json.loads(json.dumps(cell.__dict__))) == replace(cell)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "results").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_plans_that_ship_can_be_read_and_their_tasks_made(path, tmp_path):
+    text = re.sub(r"^rows: .*$", f"rows: {tmp_path}", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (tmp_path / path.name).write_text(text, encoding="utf-8")
+    plan = Plan.read(tmp_path / path.name)
+    for name, task in plan.tasks.items():
+        if name != "ifeval" or find_spec("lm_eval"):
+            folder = tmp_path / task.data["path"]
+            folder.mkdir(exist_ok=True)
+            assert plan.data(task).rows.task.instructs or not task.refusing or task.data["task"] == "refusal"
+    assert set(plan.rules) <= set(RULES)
+    assert len(plan.cells()) == sum(len(task.seeds or plan.seeds) for task in plan.tasks.values())
+    hashes = {plan.settings(name) for name in plan.tasks}
+    assert len(hashes) == len(plan.tasks)
+    assert replace(plan, draws=plan.draws + 1).settings(name) not in hashes
+    assert replace(plan, seeds=(7,), title="another").settings(name) in hashes

@@ -48,13 +48,15 @@ class Activations:
         self._random.set_state(state["random"])
         self._order, self._next = state["order"], state["next"]
 
-    def round(self) -> list[dict[int, Tensor]]:
-        """The next batches, each ``(batch_tokens, d_model)`` float32 by layer."""
+    def round(self) -> Iterator[dict[int, Tensor]]:
+        """The next batches, each ``(batch_tokens, d_model)`` float32 by layer; take all of them."""
         parts = [self._read(batch) for batch in padded(self._take(), places(self.llm), self.llm.device)]
         mixed = torch.randperm(sum(len(next(iter(part.values()))) for part in parts), generator=self._random)
         whole = {layer: torch.cat([part[layer] for part in parts]) for layer in self.sites}
-        dealt = [rows for rows in mixed.split(self.batch_tokens) if len(rows) == self.batch_tokens]
-        return [{layer: x[rows.to(x.device)].float() for layer, x in whole.items()} for rows in dealt]
+        del parts
+        for rows in mixed.split(self.batch_tokens):
+            if len(rows) == self.batch_tokens:
+                yield {layer: x[rows.to(x.device)].float() for layer, x in whole.items()}
 
     def _take(self) -> list[Sequence[int]]:
         """Texts of the next round."""

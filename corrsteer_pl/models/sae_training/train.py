@@ -1,8 +1,9 @@
 """Train TopK SAEs for the outputs of decoder blocks, with SAELens."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,10 @@ class _Work:
                 self._save()
                 saved = self.steps
 
-    def _learn(self, batches: list[dict[int, Tensor]]) -> None:
-        if not self.trainers:
-            self._start(batches[0])
-        for batch in batches[: self.recipe.steps - self.steps]:
+    def _learn(self, batches: Iterator[dict[int, Tensor]]) -> None:
+        for batch in islice(batches, self.recipe.steps - self.steps):
+            if not self.trainers:
+                self._start(batch)
             for layer, trainer in self.trainers.items():
                 trainer.step(batch[layer])
                 trainer.n_training_steps += 1
