@@ -28,6 +28,8 @@ from corrsteer_pl.version import commit
 SHOWN, SNIPPET_TEXTS = 5, 200
 UNSTEERED, SHUFFLED, RANDOM = "unsteered", "shuffled rewards", "random features"
 SYSTEM, SHOTS = "system prompt", "shots"
+# The first rule, at a strength chosen on validation.
+CALIBRATED = "{}, strength chosen"
 
 Vectors = dict[Site, Tensor]
 
@@ -44,6 +46,7 @@ class Cell:
         counts: Samples of fit, validation and test.
         fit_reward: The unchanged model's on the fit split.
         systems: Name to the paired metrics against the unchanged model, with ``vectors``, how many were added.
+        scale: The strength that was chosen on validation for the first rule's selection.
         random: The same of every draw of random features.
         against: Name of a way of prompting to its paired metrics against the first rule: prompting minus steering.
         refusing: Name to the reward by the second judge, and how often it agrees with the first.
@@ -61,6 +64,7 @@ class Cell:
     counts: dict[str, int] = field(default_factory=dict)
     fit_reward: float = 0.0
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scale: float | None = None
     random: list[dict[str, Any]] = field(default_factory=list)
     against: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusing: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -95,6 +99,10 @@ class Bench:
             wrong = self._shuffled(task, seed, module.recorded)
         variants = {rule: module.vectors_of(features) for rule, features in chosen.items()}
         first = chosen[self.plan.rules[0]]
+        if first and self.plan.scales:
+            with _timed(cell, "strength"):
+                cell.scale = self._best_scale(module, data, variants[self.plan.rules[0]])
+            variants[CALIBRATED.format(self.plan.rules[0])] = _scaled(variants[self.plan.rules[0]], cell.scale)
         draws = self.plan.draws if task.draws is None else task.draws
         drawn = [random_vectors(module, first, seed * draws + draw) for draw in range(draws if first else 0)]
         with _timed(cell, "test"):
@@ -136,6 +144,13 @@ class Bench:
         dealt = recorded[torch.randperm(len(recorded), generator=torch.Generator().manual_seed(seed))]
         module, _ = self._fit(ShuffledRewards, task, seed, dealt=dealt)
         return module.steering_vectors()
+
+    @torch.no_grad()
+    def _best_scale(self, module: CorrSteer, data: TaskDataModule, vectors: Vectors) -> float:
+        """The strength of a whole selection with the best validation reward; of equal ones the weakest, 0 included."""
+        scales = sorted({0.0, *self.plan.scales})
+        _, rewards = answers_under(module, data, [_scaled(vectors, scale) for scale in scales], "validation")
+        return scales[int(rewards.mean(1).argmax())]
 
     # ---------------------------------------------------------------- test
 
@@ -214,6 +229,10 @@ class Bench:
         examples = data.examples["train"][:SNIPPET_TEXTS]
         rows = [data.token_ids(example, data.fit_task) for example in examples] if features else []
         cell.features = [describe_feature(module, feature, rows) for feature in features]
+
+
+def _scaled(vectors: Vectors, scale: float) -> Vectors:
+    return {site: scale * vector for site, vector in vectors.items()} if scale else {}
 
 
 class _timed:

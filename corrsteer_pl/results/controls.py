@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.data import Batch, TaskDataModule
+from corrsteer_pl.data.splits import Split
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sites import Site
@@ -50,23 +51,24 @@ def random_vectors(module: CorrSteer, features: Sequence[Feature], seed: int) ->
 
 @torch.no_grad()
 def answers_under(
-    module: CorrSteer, data: TaskDataModule, variants: list[dict[Site, Tensor]]
+    module: CorrSteer, data: TaskDataModule, variants: list[dict[Site, Tensor]], split: Split = "test"
 ) -> tuple[list[list[str]], Tensor]:
-    """Answers to the test prompts under each variant, the same samples in the order of the split.
+    """Answers to the prompts of a split under each variant, the same samples in the order of the split.
 
     Args:
         module: One that has just been fitted.
-        data: A data module that has been set up for test, with the trainer of the fit.
+        data: A data module that has been set up for the split, with the trainer of the fit.
         variants: Vectors by site; nothing for the unchanged model.
+        split: ``test`` or ``validation``.
 
     Returns:
         ``texts[variant][sample]``, and rewards ``(variants, samples)`` float64.
     """
-    count = len(data.examples["test"])
+    count = len(data.examples[split])
     texts, rewards = [[""] * count for _ in variants], torch.zeros(len(variants), count, dtype=torch.float64)
     answering = module.answering_for(data.task, "evaluation")
     steering = SteeringVectors.stack(variants, answering.schedule or module.schedule)
-    for batch in data.test_dataloader():
+    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
         for variant, (some, judged) in enumerate(answering.compare(batch.to(module.device), steering)):
             for i, row in enumerate(batch.rows):
                 texts[variant][row], rewards[variant, row] = some[i], judged[i]

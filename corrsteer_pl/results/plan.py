@@ -70,6 +70,7 @@ class Plan:
         rules: Rules of selection that are compared.
         seeds: Seeds of the fits.
         draws: Random selections that every selection is compared with.
+        scales: Strengths of the first rule's selection, of which the best on validation is tested too; none tries none.
         text: File below the folder of rows, whose last rows tell how a selection changes the loss on plain text.
         text_rows: How many of them.
         harmless: A task whose reward tells how a selection changes harmless answers; see :class:`TaskPlan`.
@@ -87,6 +88,7 @@ class Plan:
     rules: tuple[str, ...] = ("foreach", "global", "all")
     seeds: tuple[int, ...] = (0, 1, 2)
     draws: int = 10
+    scales: tuple[float, ...] = ()
     text: str | None = None
     text_rows: int = 200
     harmless: TaskPlan | None = None
@@ -114,7 +116,7 @@ class Plan:
         for name, kind in (("train", SaePlan), ("harmless", TaskPlan)):
             if given.get(name) is not None:
                 given[name] = _made(kind, given[name], f"{name} in {path}")
-        for name in ("rules", "seeds"):
+        for name in ("rules", "seeds", "scales"):
             if name in given:
                 given[name] = tuple(given[name])
         if given.get("rows") is not None:

@@ -28,12 +28,16 @@ llm: demo
 saes: demo
 seeds: [0, 1]
 draws: 2
+scales: [0.5, 1]
 page: page.md
 harmless: {data: {task: demo_refusal, test_size: 16}}
 tasks:
   qa: {data: {task: demo_qa, train_size: 128, val_size: 32, test_size: 40}, shots: 2}
   refusal: {data: {task: demo_refusal, train_size: 64, val_size: 16, test_size: 24}, seeds: [0], refusing: true}
 """
+
+
+TRIED = "foreach, strength chosen"
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +74,18 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
     found = json.loads((tmp_path / "plan/table.json").read_text(encoding="utf-8"))
     qa = found["tasks"]["qa"]
     assert qa["seeds"] == [0, 1]
-    assert set(qa["systems"]) == {UNSTEERED, "foreach", "global", "all", SHUFFLED, "2 shots", RANDOM}
+    assert set(qa["systems"]) == {UNSTEERED, "foreach", "global", "all", TRIED, SHUFFLED, "2 shots", RANDOM}
     cells = [
         json.loads(p.read_text(encoding="utf-8")) for p in sorted((tmp_path / "checkpoints/results/plan").glob("qa*"))
     ]
     rewards = [cell["systems"]["foreach"]["reward_steered"] for cell in cells]
     assert qa["systems"]["foreach"]["reward"] == pytest.approx(sum(rewards) / 2)
     assert all(len(cell["random"]) == 2 for cell in cells)
-    assert found["tasks"]["refusal"]["refusing"].keys() == {UNSTEERED, "foreach", "global", "all"}
+    for cell in cells:
+        assert cell["scale"] in (0, 0.5, 1)
+        if cell["scale"] == 1:
+            assert cell["systems"][TRIED] == cell["systems"]["foreach"]
+    assert found["tasks"]["refusal"]["refusing"].keys() == {UNSTEERED, "foreach", "global", "all", TRIED}
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     for text in ("the demo", "demo_refusal"[5:], "2 shots instead", "Answers that changed", "makes likelier"):
         assert text in page
