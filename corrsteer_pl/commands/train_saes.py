@@ -22,7 +22,7 @@ def train_saes_on(
     """Train a TopK SAE for the output of each decoder block on the texts of a file, with SAELens.
 
     Args:
-        llm: Path or Hub id of a causal language model.
+        llm: Path or Hub id of a causal language model, or a GGUF file.
         data: JSONL, CSV or parquet file.
         out: Folder for the SAEs; give it to ``fit`` as ``--model.saes``.
         text: Column with the texts.

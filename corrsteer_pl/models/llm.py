@@ -36,7 +36,7 @@ OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "at
 # Raised by transformers if a folder or repository has no model, or a broken one.
 LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
 # Raised on broken files with a message that does not explain itself.
-UNREADABLE = (UnpicklingError, EOFError, KeyError, JSONDecodeError)
+UNREADABLE = (UnpicklingError, EOFError, LookupError, JSONDecodeError)
 # Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # Number of weights that an error message names.
