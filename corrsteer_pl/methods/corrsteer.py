@@ -47,7 +47,7 @@ class CorrSteer(Method):
     their number nor an interruption changes the result.
 
     Args:
-        llm: Path or Hub id of a causal language model, or ``demo``.
+        llm: Path or Hub id of a causal language model, a GGUF file, or ``demo``.
         saes: Folder of SAELens autoencoders, one per layer, a release that SAELens knows, a repository with SAELens
             folders on the Hub, or ``demo``.
         sae_id: Which of them, if a layer has several: the id of one with ``{layer}`` for the layer, such as

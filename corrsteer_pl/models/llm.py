@@ -23,6 +23,7 @@ from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.files import absolute
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.fingerprint import fingerprint
+from corrsteer_pl.models.gguf import dequantisation, is_gguf, source
 from corrsteer_pl.models.sites import name_blocks
 
 # Options of a generation configuration that change greedy choices, each with its value that changes nothing.
@@ -35,7 +36,7 @@ OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "at
 # Raised by transformers if a folder or repository has no model, or a broken one.
 LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
 # Raised on broken files with a message that does not explain itself.
-UNREADABLE = (UnpicklingError, EOFError, KeyError, JSONDecodeError)
+UNREADABLE = (UnpicklingError, EOFError, LookupError, JSONDecodeError)
 # Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 # Number of weights that an error message names.
@@ -78,10 +79,11 @@ class LanguageModel:
         trust_remote_code: bool = False,
         blocks: str | None = None,
     ) -> "LanguageModel":
-        """Load a local folder, a Hub id, or the model that ships with the package, ``demo``.
+        """Load a local folder, a Hub id, a GGUF file, or the model that ships with the package, ``demo``.
 
         Args:
-            name: What to load.
+            name: What to load; a GGUF file, with the extra ``gguf``, is a local one or ``owner/repository/file.gguf``
+                on the Hub. Its weights become plain ones of the given ``dtype``.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             revision: Branch, tag or commit on the Hub.
             attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None for the model's default.
@@ -106,23 +108,34 @@ class LanguageModel:
         }
         given = {option: value for option, value in options.items() if value is not None}
         if quantize is not None:
-            given["quantization_config"] = _quantization(quantize)
+            given["quantization_config"] = _quantization(quantize, path)
+        elif is_gguf(path):
+            given |= dequantisation()
         part = "weights"
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True, **shared, **given
-            )
-            model, info = loaded
-            part = "tokenizer"
-            tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+            with source(path, revision) as (place, file):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    place,
+                    dtype=DTYPES[dtype],
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **shared,
+                    **given,
+                    **file,
+                )
+                model, info = loaded
+                part = "tokenizer"
+                tokenizer = AutoTokenizer.from_pretrained(place, **shared, **file)
         except (*LOADING_ERRORS, *UNREADABLE) as error:
-            kind = "folder" if Path(path).exists() else "model"
+            kind = "folder" if Path(path).is_dir() else "file" if Path(path).exists() else "model"
             unreadable = isinstance(error, UNREADABLE) and error.__cause__ is None
             why = f"its {part} cannot be read: {type(error).__name__}" if unreadable else reason(error)
             raise UserError(
                 f"the {kind} {name!r} could not be loaded as a causal language model ({why}). Set model.llm "
-                "to a local folder, to the id of a model on the Hugging Face Hub, or to 'demo'."
+                "to a local folder or GGUF file, to the id of a model on the Hugging Face Hub, or to 'demo'."
             ) from error
+        if place != path:
+            model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = path
         _check_weights(name, info)
         _warn_of_penalties(name, model.generation_config)
         llm = cls(name, model.eval().requires_grad_(False), tokenizer, bool(device_map or quantize))
@@ -302,7 +315,7 @@ def _check_weights(name: str, info: Mapping[str, Any]) -> None:
         if keys:
             named = choices([*sorted(keys)[:NAMED], *(["..."] if len(keys) > NAMED else [])])
             raise UserError(
-                f"the model {name!r} {what.format(len(keys))} ({named}). Its config.json and its weights do not "
+                f"the model {name!r} {what.format(len(keys))} ({named}). Its configuration and its weights do not "
                 "belong together; set model.llm to a complete model."
             )
 
@@ -317,9 +330,13 @@ def _warn_of_penalties(name: str, config: Any) -> None:
         )
 
 
-def _quantization(bits: int) -> Any:
+def _quantization(bits: int, path: str) -> Any:
     if bits not in (4, 8):
         raise UserError(f"model.llm_args.quantize is {bits!r}; choose 4 or 8 bits, or leave it out.")
+    if is_gguf(path):
+        raise UserError(
+            f"model.llm_args.quantize is {bits}, but {path} is a GGUF file. Leave it out, or give a folder."
+        )
     if find_spec("bitsandbytes") is None:
         raise UserError("quantised models need the 'quant' extra: pip install 'corrsteer_pl[quant]'.")
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)

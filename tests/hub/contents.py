@@ -79,6 +79,7 @@ def add_models(hub: Hub) -> None:
         hub, "ctigges/pythia-70m-deduped__res-sm_processed",
         {f"{layer}-res-sm": f"blocks.{layer}.hook_resid_post" for layer in layers},
     )  # fmt: skip
+    add_language_model(hub, "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", chat=True, **model)
     add_classifier(hub, "ProtectAI/distilroberta-base-rejection-v1")
     add_classifier(hub, "dleemiller/ModernCE-base-sts", labels=("LABEL_0",))
 

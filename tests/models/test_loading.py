@@ -43,7 +43,7 @@ def test_a_missing_weight_is_named(folder, missing):
     del weights[missing]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(
-        UserError, match=rf"lacks 1 of its weights \({missing}\). Its config.json and its weights do not"
+        UserError, match=rf"lacks 1 of its weights \({missing}\). Its configuration and its weights do not"
     ):
         LanguageModel.load(str(folder))
 
