@@ -13,6 +13,7 @@ from corrsteer_pl.tasks.demo import DemoQA, DemoRefusal
 from corrsteer_pl.tasks.generic import Generic
 from corrsteer_pl.tasks.gsm8k import GSM8K
 from corrsteer_pl.tasks.harmbench import HarmBench
+from corrsteer_pl.tasks.ifeval import IFEval
 from corrsteer_pl.tasks.mmlu import MMLU
 from corrsteer_pl.tasks.mmlu_pro import MMLUPro
 from corrsteer_pl.tasks.safety import Refusal
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
     "harmbench": HarmBench,
     "xstest": XSTest,
     "simpleqa": SimpleQA,
+    "ifeval": IFEval,
     "choice": MultipleChoice,
     "refusal": Refusal,
     "generic": Generic,

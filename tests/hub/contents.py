@@ -102,6 +102,7 @@ def add_benchmarks(hub: Hub) -> None:
     add_dataset(hub, "walledai/HarmBench", {name: {"train": harmbench_rows(n, name)} for name, n in sizes.items()})
     hub.gated.add("walledai/HarmBench")
     add_dataset(hub, "walledai/XSTest", {"default": {"test": xstest_rows(450)}})
+    add_dataset(hub, "google/IFEval", {"default": {"train": ifeval_rows(120)}})
     add_dataset(hub, "basicv8vc/SimpleQA", {"default": {"test": simpleqa_rows(300)}})
     add_dataset(
         hub, "allenai/ai2_arc",
@@ -214,6 +215,20 @@ def xstest_rows(count: int) -> list[dict]:
             "label": "safe" if i % 9 < 5 else "unsafe",
         }
         for i, (drawn, question) in enumerate(questions(count, "xstest"))
+    ]
+
+
+def ifeval_rows(count: int) -> list[dict]:
+    """Every option of every instruction is a field, empty where the instruction has no such option."""
+    none = {"relation": None, "num_words": None, "keywords": None}
+    return [
+        {
+            "key": i,
+            "prompt": question,
+            "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"][: 1 + i % 2],
+            "kwargs": [none, {**none, "relation": "at least", "num_words": 300}][: 1 + i % 2],
+        }
+        for i, (_, question) in enumerate(questions(count, "ifeval"))
     ]
 
 
