@@ -20,14 +20,14 @@ class SaePlan:
         recipe: Options of :class:`~corrsteer_pl.models.sae_training.train.Recipe`.
         texts: Files of texts below the folder of rows, with how many of their first rows are read.
         prompts: The same with prompts, which the model answers.
-        tasks: Of every task, at most so many prompts of its fit split are added to those.
+        tasks: Names of tasks, with how many prompts of their fit splits are added to those at most.
         answer_tokens: Longest answer.
     """
 
     recipe: dict[str, Any]
     texts: dict[str, int] = field(default_factory=dict)
     prompts: dict[str, int] = field(default_factory=dict)
-    tasks: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
     answer_tokens: int = 48
 
 

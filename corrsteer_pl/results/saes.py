@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from corrsteer_pl.commands.train_saes import RECORD, train_saes_on
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.results.plan import Plan
 
@@ -25,11 +26,13 @@ def _rows(plan: Plan, files: dict[str, int]) -> list[dict]:
     return [row for name, count in files.items() for row in read_rows(plan.file(name))[:count]]
 
 
-def _fit_prompts(plan: Plan, most: int) -> list[str]:
-    """Prompts of the fit splits; none of validation or test."""
+def _fit_prompts(plan: Plan, wanted: dict[str, int]) -> list[str]:
+    """Prompts of the fit splits of some tasks; none of validation or test."""
     found = []
-    for task in plan.tasks.values() if most else ():
-        data = plan.data(task)
+    for name, most in wanted.items():
+        if name not in plan.tasks:
+            raise UserError(f"SAEs are to be trained on {name}, which is none of the tasks {choices(plan.tasks)}.")
+        data = plan.data(plan.tasks[name])
         data.setup("fit")
         found += [example.prompt for example in data.examples["train"][:most]]
     return found
