@@ -21,6 +21,10 @@ from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.results.store import Store
 
 
+# Options of a training of SAEs that name files.
+PATHS = ("llm", "data", "prompts")
+
+
 def main(args: list[str]) -> int:
     """Train SAEs if there are none, measure the cells that are missing, and write table, picture and page."""
     parser = argparse.ArgumentParser(prog="python -m corrsteer_pl.results", description=__doc__)
@@ -70,6 +74,9 @@ def write(plan: Plan, cells: Sequence[Cell], out: Path, readme: Path | None) -> 
     found = summary(plan, cells)
     record = Path(plan.saes) / RECORD
     saes = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+    if saes is not None:
+        # Paths belong to the machine that trained them.
+        saes["options"] = {key: value for key, value in saes["options"].items() if key not in PATHS}
     caption = f"{plan.title}: difference from {UNSTEERED}, percentage points, 95 %"
     write_json(out / "table.json", {**found, "saes": saes})
     write_utf8(out / "table.md", table(found))
