@@ -20,7 +20,6 @@ from corrsteer_pl.results.report import page, points, short_table, summary, tabl
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.results.store import Store
 
-
 # Options of a training of SAEs that name files.
 PATHS = ("llm", "data", "prompts")
 

@@ -83,13 +83,15 @@ class Bench:
     """
 
     def __init__(self, plan: Plan) -> None:
+        # Asked before results are written, which would make the checkout differ from its commit.
+        self.commit = commit()
         self.plan, self.llm = plan, LanguageModel.load(plan.llm, plan.dtype)
         rows = read_rows(plan.file(plan.text))[-plan.text_rows :] if plan.text else []
         self.texts = [row["text"] for row in rows]
 
     def measure(self, name: str, seed: int) -> Cell:
         """Measure one task with one seed."""
-        task, cell = self.plan.tasks[name], Cell(name, seed, self.plan.settings(name), commit())
+        task, cell = self.plan.tasks[name], Cell(name, seed, self.plan.settings(name), self.commit)
         with _timed(cell, "fit"):
             module, data = self._fit(RecordedRewards, task, seed)
         if module.selection is None:
