@@ -10,7 +10,7 @@ from pathlib import Path
 
 from corrsteer_pl.cli.lightning import quieten_lightning
 from corrsteer_pl.commands.train_saes import RECORD
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.evaluation.tables import percent, show
 from corrsteer_pl.files import write_between, write_json, write_utf8
 from corrsteer_pl.results.cells import UNSTEERED, Bench, Cell
@@ -30,6 +30,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the plan, a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the results; beside the plan, of its name, if left out")
     parser.add_argument("--cells", type=Path, help="folder of finished cells; checkpoints/results/NAME if left out")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks that this process measures")
     parser.add_argument("--readme", type=Path, help="file to write a short table into, between its marks")
     options = parser.parse_args(args)
     quieten_lightning()
@@ -37,18 +38,23 @@ def main(args: list[str]) -> int:
     try:
         plan = Plan.read(options.config)
         store = Store(options.cells or Path("checkpoints/results") / plan.name)
-        run(plan, store, options.out or options.config.with_suffix(""), options.readme)
+        run(plan, store, options.out or options.config.with_suffix(""), options.only, options.readme)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
 
 
-def run(plan: Plan, store: Store, out: Path, readme: Path | None = None) -> None:
-    """Measure what is missing of a plan; seed by seed, so that an interrupted run has whole tables of fewer seeds."""
-    wanted = plan.cells()
-    found = {pair: store.find(*pair, plan.settings(pair[0])) for pair in wanted}
-    missing = [pair for pair, cell in found.items() if cell is None]
+def run(plan: Plan, store: Store, out: Path, only: Sequence[str] = (), readme: Path | None = None) -> None:
+    """Measure what is missing of a plan; seed by seed, so that an interrupted run has whole tables of fewer seeds.
+
+    Raises:
+        UserError: A task that alone is to be measured is none of the plan.
+    """
+    if unknown := [name for name in only if name not in plan.tasks]:
+        raise UserError(f"--only names the task {unknown[0]!r}, which is none of {choices(plan.tasks)}.")
+    wanted = [pair for pair in plan.cells() if not only or pair[0] in only]
+    missing = [pair for pair in wanted if store.find(*pair, plan.settings(pair[0])) is None]
     show(
         f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished; on 2 cores a cell takes minutes to an hour."
     )
@@ -56,11 +62,11 @@ def run(plan: Plan, store: Store, out: Path, readme: Path | None = None) -> None
     if missing:
         bench = Bench(plan)
         for pair in missing:
-            found[pair] = cell = bench.measure(*pair)
+            cell = bench.measure(*pair)
             store.keep(cell)
             show(_line(cell))
-            write(plan, [cell for cell in found.values() if cell], out, readme)
-    write(plan, [cell for cell in found.values() if cell], out, readme)
+            write(plan, store, out, readme)
+    write(plan, store, out, readme)
 
 
 def _line(cell: Cell) -> str:
@@ -68,8 +74,9 @@ def _line(cell: Cell) -> str:
     return f"{cell.task}, seed {cell.seed}: {rewards}; {sum(cell.seconds.values()):.0f} s"
 
 
-def write(plan: Plan, cells: Sequence[Cell], out: Path, readme: Path | None) -> None:
-    """Write table, picture and page from finished cells."""
+def write(plan: Plan, store: Store, out: Path, readme: Path | None) -> None:
+    """Write table, picture and page from all finished cells, whichever process measured them."""
+    cells = [cell for pair in plan.cells() if (cell := store.find(*pair, plan.settings(pair[0])))]
     found = summary(plan, cells)
     record = Path(plan.saes) / RECORD
     saes = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
