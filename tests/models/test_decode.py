@@ -10,7 +10,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models.decoding import decode
 from corrsteer_pl.models.decoding.decode import Decoder, budget
-from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.llm import LanguageModel, positions_of
 from corrsteer_pl.models.sites import Site, decoder_blocks, name_blocks
 from tests.architectures import GROUPED, NEW, PROMPTS, WIDTH, batch_of, hf_texts, vectors
 
@@ -357,3 +357,14 @@ def test_prompts_that_come_one_by_one_share_a_prefix_too(llm):
     assert found == [hf_texts(llm, prompt, 2) for prompt in prompts]
     # The whole first prompt, and then the prefix; after that what comes behind it.
     assert [tokens for tokens in read if tokens >= len(prefix)] == [len(prefix) + 2, len(prefix)]
+
+
+def test_the_head_reads_rows_that_lie_side_by_side(llm):
+    """A product with strided rows is many times slower in bfloat16."""
+    ids = torch.tensor([llm.token_ids("Who feeds the owl?")] * 2)
+    seen = []
+    hook = llm.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with hook, torch.no_grad():
+        llm.forward(ids, torch.ones_like(ids), positions_of(torch.ones_like(ids)))
+    assert seen[0].shape[1] == 1
+    assert seen[0].is_contiguous()
