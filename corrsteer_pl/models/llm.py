@@ -247,7 +247,7 @@ class LanguageModel:
 
     def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, last: int = 1) -> Tensor:
         """One pass over tokens ``(batch, sequence)``; logits ``(batch, last, vocabulary)`` of the last positions."""
-        # As a number it would make a view of strided rows, whose product with the head is many times slower in bfloat16.
+        # As a number it would make a view of strided rows, whose product with the head is far slower in bfloat16.
         kept = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device)
         optional = {"position_ids": positions, "logits_to_keep": kept}
         known = {name: value for name, value in optional.items() if name in self._accepts}
