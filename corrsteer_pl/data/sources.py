@@ -208,8 +208,8 @@ def balanced(rows: Sequence[tuple[str, dict[str, Any]]], column: str) -> list[tu
         UserError: No such column.
 
     Example:
-        >>> [id for id, _ in balanced([("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 2})], "x")]
-        ['a', 'c']
+        >>> [row["x"] for _, row in balanced([("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 2})], "x")]
+        [1, 2]
     """
     if rows and not any(column in row for _, row in rows):
         raise UserError(f"data.balance names the column {column!r}, which is not in the data ({choices(rows[0][1])}).")
