@@ -1,5 +1,6 @@
-"""The version, and the commit, readable without importing anything large."""
+"""The version, the commit and the machine, readable without importing anything large."""
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,3 +15,10 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=Path(__file__).parent)
     return done.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """Processor, threads and version of torch, for what is measured."""
+    import torch  # large, and not needed for the version
+
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

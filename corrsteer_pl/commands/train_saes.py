@@ -1,13 +1,11 @@
 """Train SAEs for a model that has none."""
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,7 +16,7 @@ from corrsteer_pl.files import check_writable, read_rows, write_json, write_json
 from corrsteer_pl.models.llm import LanguageModel, local_name
 from corrsteer_pl.models.sae_training.texts import answered_rows, answers, token_rows
 from corrsteer_pl.models.sae_training.train import Recipe, Training, train_saes
-from corrsteer_pl.version import commit
+from corrsteer_pl.version import commit, machine
 
 # In the folder of the SAEs: the model's answers to the prompts, and what came of the training.
 ANSWERS, RECORD = "answers.jsonl", "training.json"
@@ -142,7 +140,7 @@ def record(options: dict[str, Any], training: Training, counts: dict[str, int]) 
         "loss": training.loss,
         "layers": {str(layer): asdict(quality) for layer, quality in training.qualities.items()},
         "commit": commit(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

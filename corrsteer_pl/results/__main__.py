@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def main(args: list[str]) -> int:
     parser.add_argument("--readme", type=Path, help="file to write a short table into, between its marks")
     options = parser.parse_args(args)
     quieten_lightning()
-    warnings.filterwarnings("ignore")
     try:
         plan = Plan.read(options.config)
         store = Store(options.cells or Path("checkpoints/results") / plan.name)
@@ -58,6 +56,7 @@ def run(plan: Plan, store: Store, out: Path, only: Sequence[str] = (), readme: P
     show(
         f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished; on 2 cores a cell takes minutes to an hour."
     )
+    plan.check()
     make_saes(plan)
     if missing:
         bench = Bench(plan)

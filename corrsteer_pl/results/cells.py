@@ -3,7 +3,9 @@
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import describe_feature
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
+from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import Feature, reselect
-from corrsteer_pl.version import commit
+from corrsteer_pl.version import commit, machine
 
 # Answers that changed, shown each way; texts of the fit that snippets are taken from.
 SHOWN, SNIPPET_TEXTS = 5, 200
@@ -54,6 +57,7 @@ class Cell:
         features: The selection of the first rule.
         changed: Answers that got better and worse under it.
         seconds: Where the time went.
+        machine: What it was measured on.
         peak: Largest memory of the process so far, in MiB.
     """
 
@@ -72,6 +76,7 @@ class Cell:
     features: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
     peak: float = 0.0
 
 
@@ -91,7 +96,8 @@ class Bench:
 
     def measure(self, name: str, seed: int) -> Cell:
         """Measure one task with one seed."""
-        task, cell = self.plan.tasks[name], Cell(name, seed, self.plan.settings(name), self.commit)
+        task = self.plan.tasks[name]
+        cell = Cell(name, seed, self.plan.settings(name), self.commit, machine=machine())
         with _timed(cell, "fit"):
             module, data = self._fit(RecordedRewards, task, seed)
         if module.selection is None:
@@ -108,13 +114,13 @@ class Bench:
         draws = self.plan.draws if task.draws is None else task.draws
         drawn = [random_vectors(module, first, seed * draws + draw) for draw in range(draws if first else 0)]
         with _timed(cell, "test"):
-            self._test(cell, module, data, {UNSTEERED: {}, **variants, SHUFFLED: wrong}, drawn)
-        for rule, features in chosen.items():
-            cell.systems[rule]["vectors"] = len(features)
+            named = {UNSTEERED: {}, **variants, SHUFFLED: wrong}
+            texts, rewards = answers_under(module, data, [*named.values(), *drawn])
+        _compare(cell, data, named, texts, rewards)
         with _timed(cell, "prompting"):
-            self._prompt(cell, module, task, seed)
+            self._prompt(cell, module, task, rewards)
         with _timed(cell, "second judge"):
-            self._judge_again(cell, module, data, task, {UNSTEERED: {}, **variants})
+            self._judge_again(cell, data, {UNSTEERED: {}, **variants}, texts)
         with _timed(cell, "damage"):
             cell.damage = dict(self._damage(module, variants))
         with _timed(cell, "features"):
@@ -156,25 +162,14 @@ class Bench:
 
     # ---------------------------------------------------------------- test
 
-    def _test(
-        self, cell: Cell, module: CorrSteer, data: TaskDataModule, named: dict[str, Vectors], drawn: list[Vectors]
-    ) -> None:
-        """Answer all test prompts under every variant, and compare each with the unchanged model."""
-        texts, rewards = answers_under(module, data, [*named.values(), *drawn])
-        self._baseline, self._steered = rewards[0], rewards[1]
-        metrics = [paired_metrics(rewards[0], some) for some in rewards]
-        cell.systems = {name: {**metrics[i], "vectors": len(v)} for i, (name, v) in enumerate(named.items())}
-        cell.random = metrics[len(named) :]
-        examples = data.examples["test"]
-        order = (rewards[1] - rewards[0]).argsort(stable=True).tolist()
-        for way, some in (("worse", order[:SHOWN]), ("better", order[::-1][:SHOWN])):
-            cell.changed[way] = [
-                {"prompt": examples[i].prompt, "unsteered": texts[0][i], "steered": texts[1][i]}
-                for i in some
-                if (rewards[1, i] - rewards[0, i]) * (1 if way == "better" else -1) > 0
-            ]
+    def _test_data(self, module: CorrSteer, task: TaskPlan, **changed: Any) -> TaskDataModule:
+        """Other test prompts for a model that has been fitted."""
+        data = self.plan.data(task, **changed)
+        data.trainer = module.trainer
+        data.setup("test")
+        return data
 
-    def _prompt(self, cell: Cell, module: CorrSteer, task: TaskPlan, seed: int) -> None:
+    def _prompt(self, cell: Cell, module: CorrSteer, task: TaskPlan, rewards: Tensor) -> None:
         """Answer the same prompts with a system message, or with solved examples, instead of steering."""
         ways: dict[str, dict[str, Any]] = {}
         if task.system_prompt is not None:
@@ -182,28 +177,23 @@ class Bench:
         if task.shots:
             ways[f"{task.shots} {SHOTS}"] = {"shots": task.shots}
         for name, options in ways.items():
-            data = self.plan.data(task, seed=seed, **options)
-            data.trainer = module.trainer
-            data.setup("test")
-            _, rewards = answers_under(module, data, [{}])
-            cell.systems[name] = {**paired_metrics(self._baseline, rewards[0]), "vectors": 0}
-            cell.against[name] = paired_metrics(self._steered, rewards[0])
+            _, (prompted,) = answers_under(module, self._test_data(module, task, seed=cell.seed, **options), [{}])
+            cell.systems[name] = {**paired_metrics(rewards[0], prompted), "vectors": 0}
+            cell.against[name] = paired_metrics(rewards[1], prompted)
 
-    def _judge_again(
-        self, cell: Cell, module: CorrSteer, data: TaskDataModule, task: TaskPlan, named: dict[str, Vectors]
-    ) -> None:
+    def _judge_again(self, cell: Cell, data: TaskDataModule, named: dict[str, Vectors], texts: list[list[str]]) -> None:
         """Judge refusals by the first token, and say how often that agrees with the first judge."""
-        if not task.refusing:
+        scorer = data.task.scorer
+        if not (self.plan.tasks[cell.task].refusing and isinstance(scorer, RefusalReward)):
             return
         batches = list(data.test_dataloader())
         rows = [row for batch in batches for row in batch.rows]
         wanted = torch.tensor([data.examples["test"][row].gold == "refuse" for row in rows])
         weight = torch.cat([batch.weight for batch in batches]).bool()
-        texts, _ = answers_under(module, data, list(named.values()))
-        for (name, vectors), answers in zip(named.items(), texts, strict=True):
+        for (name, vectors), answers in zip(named.items(), texts, strict=False):
             prompts = ((batch.input_ids, batch.attention_mask) for batch in batches)
             odds = refusal_log_odds(self.llm, prompts, vectors)
-            by_text = torch.tensor(data.task.scorer.refused([answers[row] for row in rows]))  # type: ignore[union-attr]
+            by_text = torch.tensor(scorer.refused([answers[row] for row in rows]))
             by_token = odds > 0
             cell.refusing[name] = {
                 "reward": (by_token == wanted)[weight].double().mean().item(),
@@ -215,17 +205,21 @@ class Bench:
 
     def _damage(self, module: CorrSteer, variants: dict[str, Vectors]) -> Iterator[tuple[str, dict[str, Any]]]:
         """What each selection does to harmless answers, and to the loss on plain text."""
-        named = {UNSTEERED: {}, **{rule: vectors for rule, vectors in variants.items() if vectors}}
+        steered = {rule: vectors for rule, vectors in variants.items() if vectors}
         harmless: dict[str, Any] = {}
-        if self.plan.harmless is not None and len(named) > 1:
-            data = self.plan.data(self.plan.harmless)
-            data.trainer = module.trainer
-            data.setup("test")
-            _, rewards = answers_under(module, data, list(named.values()))
-            harmless = {name: paired_metrics(rewards[0], some) for name, some in zip(named, rewards, strict=True)}
-        for name, vectors in named.items():
+        if self.plan.harmless is not None and steered:
+            data = self._test_data(module, self.plan.harmless)
+            _, rewards = answers_under(module, data, [{}, *steered.values()])
+            harmless = {rule: paired_metrics(rewards[0], some) for rule, some in zip(steered, rewards[1:], strict=True)}
+        yield UNSTEERED, {"harmless": None, "text_loss": self._plain_loss}
+        for rule, vectors in steered.items():
             loss = text_loss(self.llm, self.texts, vectors) if self.texts else None
-            yield name, {"harmless": harmless.get(name), "text_loss": loss}
+            yield rule, {"harmless": harmless.get(rule), "text_loss": loss}
+
+    @cached_property
+    def _plain_loss(self) -> float | None:
+        """The unchanged model's loss on plain text, the same for all cells."""
+        return text_loss(self.llm, self.texts, {}) if self.texts else None
 
     def _describe(self, cell: Cell, module: CorrSteer, data: TaskDataModule, features: tuple[Feature, ...]) -> None:
         examples = data.examples["train"][:SNIPPET_TEXTS]
@@ -233,16 +227,29 @@ class Bench:
         cell.features = [describe_feature(module, feature, rows) for feature in features]
 
 
+def _compare(
+    cell: Cell, data: TaskDataModule, named: dict[str, Vectors], texts: list[list[str]], rewards: Tensor
+) -> None:
+    """Compare every variant with the unchanged model, and take examples of what the first rule changed."""
+    metrics = [paired_metrics(rewards[0], some) for some in rewards]
+    cell.systems = {name: {**m, "vectors": len(v)} for (name, v), m in zip(named.items(), metrics, strict=False)}
+    cell.random = metrics[len(named) :]
+    examples, gain = data.examples["test"], rewards[1] - rewards[0]
+    for way, sign in (("worse", -1), ("better", 1)):
+        order = (-sign * gain).argsort(stable=True).tolist()
+        cell.changed[way] = [
+            {"prompt": examples[i].prompt, "unsteered": texts[0][i], "steered": texts[1][i]}
+            for i in order[:SHOWN]
+            if sign * gain[i] > 0
+        ]
+
+
 def _scaled(vectors: Vectors, scale: float) -> Vectors:
     return {site: scale * vector for site, vector in vectors.items()} if scale else {}
 
 
-class _timed:
-    def __init__(self, cell: Cell, what: str) -> None:
-        self.cell, self.what = cell, what
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.cell.seconds[self.what] = round(time.perf_counter() - self.start, 1)
+@contextmanager
+def _timed(cell: Cell, what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    cell.seconds[what] = round(time.perf_counter() - start, 1)

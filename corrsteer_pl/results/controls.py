@@ -1,7 +1,6 @@
 """What a selection has to beat: features at random, and fits that cannot learn anything."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,8 +43,9 @@ def random_vectors(module: CorrSteer, features: Sequence[Feature], seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     vectors: dict[Site, Tensor] = {}
     for f in features:
-        other = replace(f, index=int(torch.randint(module.saes[f.layer].d_sae, (), generator=generator)))
-        vectors[Site.parse(f.site)] = f.coefficient * module.saes[f.layer].direction(other.index)
+        site, sae = Site.parse(f.site), module.saes[f.layer]
+        vector = f.coefficient * sae.direction(int(torch.randint(sae.d_sae, (), generator=generator)))
+        vectors[site] = vectors[site] + vector if site in vectors else vector
     return vectors
 
 

@@ -1,6 +1,6 @@
 """What selected features do: the tokens that they make likelier, and the snippets that activate them most."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from heapq import nlargest
 from typing import Any
 
@@ -52,7 +52,7 @@ def snippets(module: CorrSteer, feature: Feature, rows: list[list[int]]) -> list
 
 def describe_feature(module: CorrSteer, feature: Feature, rows: list[list[int]]) -> dict[str, Any]:
     """A feature for the page."""
-    direction = module.directions[f"{feature.layer}/{feature.index}"]
+    direction = module.saes[feature.layer].direction(feature.index)
     sign = 1 if feature.coefficient >= 0 else -1
     return {
         "layer": feature.layer,
@@ -61,5 +61,5 @@ def describe_feature(module: CorrSteer, feature: Feature, rows: list[list[int]])
         "coefficient": feature.coefficient,
         "validation_reward": feature.validation_reward,
         "likelier": likelier_tokens(module.llm, sign * direction),
-        "snippets": [{"value": seen.value, "text": seen.text} for seen in snippets(module, feature, rows)],
+        "snippets": [asdict(seen) for seen in snippets(module, feature, rows)],
     }

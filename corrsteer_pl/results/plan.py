@@ -10,6 +10,7 @@ import yaml
 
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.rewards.judges import RefusalReward
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,17 @@ class Plan:
         kept = {key: value for key, value in said.items() if key not in ("title", "page", "name", "seeds", "rows")}
         kept["tasks"].pop("seeds")
         return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Make every task once, before hours are spent.
+
+        Raises:
+            UserError: A task cannot be made, or is to be judged as a refusal and has another reward.
+        """
+        for name, task in self.tasks.items():
+            scorer = self.data(task).task.scorer
+            if task.refusing and not isinstance(scorer, RefusalReward):
+                raise UserError(f"the task {name} is refusing, but its reward is none of refusals. Leave refusing out.")
 
     def data(self, task: TaskPlan, **changed: Any) -> TaskDataModule:
         """The data module of a task, with some options changed."""

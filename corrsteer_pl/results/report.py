@@ -1,11 +1,8 @@
 """Cells brought together: the table, the page in plain words, and the picture."""
 
-import platform
 from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
-
-import torch
 
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.results.cells import RANDOM, SHOTS, SHUFFLED, SYSTEM, UNSTEERED, Cell
@@ -35,13 +32,17 @@ def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
             }
     return {
         "title": plan.title,
-        "commit": ", ".join(sorted({cell.commit for cell in cells})),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        "commit": _all(cell.commit for cell in cells),
+        "machine": _all(cell.machine for cell in cells),
         "dtype": plan.dtype,
         "peak_mib": max((cell.peak for cell in cells), default=0.0),
         "tasks": tasks,
     }
+
+
+def _all(values: Iterable[str]) -> str:
+    """What was said, each once."""
+    return "; ".join(sorted(set(values)))
 
 
 def _systems(cells: Sequence[Cell]) -> list[str]:
@@ -93,7 +94,7 @@ def table(found: dict[str, Any]) -> str:
 def _line(name: str, system: str, task: dict[str, Any], m: dict[str, Any]) -> str:
     reward = percent(m["reward"])
     if system == RANDOM:
-        reward += f" ({percent(m['lowest'])} to {percent(m['highest'])})"
+        reward = _spread(m)
     elif m["deviation"] is not None:
         reward += f" ± {percent(m['deviation'])}"
     plain = system == UNSTEERED
@@ -128,9 +129,7 @@ def short_table(plan: Plan, found: dict[str, Any]) -> str:
     for name, task in found["tasks"].items():
         systems, shots = task["systems"], plan.tasks[name].shots
         m, drawn = systems[plan.rules[0]], systems.get(RANDOM)
-        random = (
-            f"{percent(drawn['reward'])} ({percent(drawn['lowest'])} to {percent(drawn['highest'])})" if drawn else ""
-        )
+        random = _spread(drawn) if drawn else ""
         others = [systems[key]["reward"] if key in systems else None for key in (SHUFFLED, SYSTEM, f"{shots} {SHOTS}")]
         ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
         cells = (
@@ -141,13 +140,17 @@ def short_table(plan: Plan, found: dict[str, Any]) -> str:
     seeds = max(len(task["seeds"]) for task in found["tasks"].values())
     return text + (
         f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over {seeds} seed{'s'[: seeds > 1]}. "
-        f"Measured at commit {found['commit']} on {found['machine']}, torch {found['torch']}, {found['dtype']}, by "
+        f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.\n"
     )
 
 
 def _difference(m: dict[str, Any]) -> str:
     return f"{100 * m['difference']:+.1f} [{percent(m['ci_low'])}, {percent(m['ci_high'])}]"
+
+
+def _spread(m: dict[str, Any]) -> str:
+    return f"{percent(m['reward'])} ({percent(m['lowest'])} to {percent(m['highest'])})"
 
 
 def verdict(name: str, task: dict[str, Any], rule: str) -> str:
@@ -195,7 +198,7 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
     missing = len(plan.tasks) - len(found["tasks"])
     unfinished = f" {missing} of {len(plan.tasks)} tasks are not measured yet." if missing else ""
     lines.append(
-        f"Measured at commit {found['commit']} on {found['machine']}, torch {found['torch']}, {found['dtype']}, with "
+        f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, with "
         f"at most {found['peak_mib']:.0f} MiB of memory, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.{unfinished} "
         "Nothing was chosen on test prompts.\n"
@@ -262,7 +265,8 @@ def _saes(saes: dict[str, Any]) -> str:
     text = (
         f"## The SAEs\n\nTopK, {o['d_sae']} features of which {o['k']} are active, {saes['tokens']:,} tokens of "
         f"{saes['texts']} texts and {saes['prompts']} prompts with the model's own answers, {saes['seconds'] / 60:.0f} "
-        f"minutes, seed {o['seed']}. On held-out texts, where the model's loss is {saes['loss']:.3f} nats:\n\n"
+        f"minutes, seed {o['seed']}. What tasks gave are prompts of their fit splits at seed 0, without rewards. "
+        f"On held-out texts, where the model's loss is {saes['loss']:.3f} nats:\n\n"
         "| layer | variance explained | L0 | dead | loss | loss recovered |\n|---|---|---|---|---|---|\n"
     )
     for layer, q in saes["layers"].items():

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from corrsteer_pl.commands.train_saes import RECORD
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.corrsteer import CorrSteer
@@ -16,9 +17,11 @@ from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Cell
 from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import likelier_tokens, snippets
 from corrsteer_pl.results.picture import Point, draw
-from corrsteer_pl.results.plan import Plan
+from corrsteer_pl.results.plan import Plan, SaePlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
 from corrsteer_pl.results.report import verdict
+from corrsteer_pl.results.saes import make_saes
+from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import RULES
 from tests.conftest import CONFIGS, make_trainer
 
@@ -87,7 +90,7 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
             assert cell["systems"][TRIED] == cell["systems"]["foreach"]
     assert found["tasks"]["refusal"]["refusing"].keys() == {UNSTEERED, "foreach", "global", "all", TRIED}
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    for text in ("the demo", "demo_refusal"[5:], "2 shots instead", "Answers that changed", "makes likelier"):
+    for text in ("the demo", "### refusal", "2 shots instead", "Answers that changed", "makes likelier"):
         assert text in page
     ET.parse(tmp_path / "plan/differences.svg")
 
@@ -218,10 +221,27 @@ def test_the_plans_that_ship_can_be_read_and_their_tasks_made(path, tmp_path):
         if name != "ifeval" or find_spec("lm_eval"):
             folder = tmp_path / task.data["path"]
             folder.mkdir(exist_ok=True)
-            assert plan.data(task).rows.task.instructs or not task.refusing or task.data["task"] == "refusal"
+            assert isinstance(plan.data(task).task.scorer, RefusalReward) == task.refusing
     assert set(plan.rules) <= set(RULES)
     assert len(plan.cells()) == sum(len(task.seeds or plan.seeds) for task in plan.tasks.values())
     hashes = {plan.settings(name) for name in plan.tasks}
     assert len(hashes) == len(plan.tasks)
     assert replace(plan, draws=plan.draws + 1).settings(name) not in hashes
     assert replace(plan, seeds=(7,), title="another").settings(name) in hashes
+
+
+def test_a_reward_of_another_kind_cannot_be_judged_as_refusals(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.replace("shots: 2}", "refusing: true}"), encoding="utf-8")
+    with pytest.raises(UserError, match="the task qa is refusing, but its reward is none of refusals"):
+        Plan.read(path).check()
+
+
+def test_saes_that_were_trained_otherwise_are_not_taken(tmp_path):
+    options = {"steps": 3, "k": 4, "dtype": "float32", "answer_tokens": 48}
+    (tmp_path / RECORD).write_text(json.dumps({"options": options}), encoding="utf-8")
+    plan = Plan("x", "demo", str(tmp_path), {}, train=SaePlan({"steps": 3, "k": 4}))
+    make_saes(plan)
+    with pytest.raises(UserError, match="were trained with k 4, and the plan says 5"):
+        make_saes(replace(plan, train=SaePlan({"steps": 3, "k": 5})))
+    assert [file.name for file in tmp_path.iterdir()] == [RECORD]

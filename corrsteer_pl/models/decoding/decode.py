@@ -330,7 +330,7 @@ class Decoder:
         left = not whole and not (reader and reader.reads_prompt) and self._at_once(len(ids), last + 1 - start)
         if start < last and not left:
             cache = self._read(ids[:, start:last], mask[:, :last], cache, reader)
-        return _Prompts(ids, mask), cache
+        return Padded(ids, mask), cache
 
     def _read(self, ids: Tensor, mask: Tensor, cache: Any, reader: PoolReader | None) -> Any:
         """Read prompt tokens ``(batch, new)`` after those in a cache; the cache of all of them.
@@ -388,7 +388,9 @@ def budget(device: torch.device) -> int:
 
 
 @dataclass
-class _Prompts:
+class Padded:
+    """Token rows made equally long: :class:`Prompts` in two tensors."""
+
     input_ids: Tensor
     attention_mask: Tensor
 
@@ -396,4 +398,4 @@ class _Prompts:
 def _repeated(prompts: Prompts, copies: int) -> Prompts:
     """A batch with every sample repeated ``copies`` times, in adjacent rows."""
     ids, mask = prompts.input_ids, prompts.attention_mask
-    return _Prompts(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))
+    return Padded(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))

@@ -1,17 +1,16 @@
 """How good SAEs are on texts that they have not learnt from."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae_training.activations import batches, is_text
-from corrsteer_pl.models.sae_training.texts import Padded
+from corrsteer_pl.models.losses import next_token_loss
+from corrsteer_pl.models.sae_training.activations import is_text
 from corrsteer_pl.models.sites import Site
 
 
@@ -48,14 +47,14 @@ def qualities(
     Returns:
         The loss in nats per token, and layer to quality.
     """
-    unchanged = _loss(llm, rows, None)
+    unchanged = next_token_loss(llm, rows)
     return unchanged, {layer: _quality(llm, site, sae, rows, unchanged) for layer, (site, sae) in saes.items()}
 
 
 def _quality(llm: LanguageModel, site: Site, sae: Any, rows: Sequence[Sequence[int]], unchanged: float) -> Quality:
     watch = _Watch(sae)
-    loss = _loss(llm, rows, (site, watch))
-    zero = _loss(llm, rows, (site, torch.zeros_like))
+    loss = _loss(llm, rows, site, watch)
+    zero = _loss(llm, rows, site, torch.zeros_like)
     recovered = (zero - loss) / (zero - unchanged) if zero > unchanged else float("nan")
     return Quality(*watch.figures(), loss, recovered)
 
@@ -87,28 +86,14 @@ class _Watch:
         return 1 - self.error / variance, self.fired.sum().item() / self.tokens, dead
 
 
-def _loss(
-    llm: LanguageModel, rows: Sequence[Sequence[int]], change: tuple[Site, Callable[[Tensor], Tensor]] | None
-) -> float:
+def _loss(llm: LanguageModel, rows: Sequence[Sequence[int]], site: Site, change: Callable[[Tensor], Tensor]) -> float:
     """Mean loss of the next token in nats, with text tokens ``(n, d_model)`` at a site changed."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches(llm, rows):
-        hook = change[0].hook(llm.model, partial(_replace, change[1], is_text(llm, batch))) if change else None
-        with hook or nullcontext():
-            total += torch.tensor(_losses(llm, batch), dtype=torch.float64)
-    return (total[0] / total[1]).item()
+    return next_token_loss(
+        llm, rows, lambda batch: site.hook(llm.model, partial(_replace, change, is_text(llm, batch)))
+    )
 
 
 def _replace(function: Callable[[Tensor], Tensor], text: Tensor, residual: Tensor) -> Tensor:
     changed = residual.clone()
     changed[text] = function(residual[text])
     return changed
-
-
-def _losses(llm: LanguageModel, batch: Padded) -> tuple[float, int]:
-    """The sum of the losses of a batch's tokens but the first of each text, and their number."""
-    ids, mask = batch.input_ids, batch.attention_mask
-    logits = llm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    wanted = mask[:, 1:].bool()
-    losses = nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted], reduction="sum")
-    return losses.item(), int(wanted.sum())

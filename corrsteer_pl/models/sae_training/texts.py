@@ -2,32 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.decoding.decode import Decoder
+from corrsteer_pl.models.decoding.decode import Decoder, Padded
 from corrsteer_pl.models.llm import LanguageModel
 
 # Prompts that are answered together.
 ANSWERED_TOGETHER = 128
 # Of all texts, the share that no SAE learns from and that tells how good they are; and the most of them.
 HELD_OUT, MOST_HELD_OUT = 1 / 20, 64
-
-
-@dataclass
-class Padded:
-    """Texts side by side.
-
-    Attributes:
-        input_ids: ``(batch, longest)`` int64.
-        attention_mask: ``(batch, longest)``, 0 on padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
 
 
 def token_rows(llm: LanguageModel, texts: Sequence[str], most: int) -> list[list[int]]:
