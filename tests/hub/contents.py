@@ -102,7 +102,7 @@ def add_benchmarks(hub: Hub) -> None:
     add_dataset(hub, "walledai/HarmBench", {name: {"train": harmbench_rows(n, name)} for name, n in sizes.items()})
     hub.gated.add("walledai/HarmBench")
     add_dataset(hub, "walledai/XSTest", {"default": {"test": xstest_rows(450)}})
-    add_dataset(hub, "google/IFEval", {"default": {"train": ifeval_rows(120)}})
+    add_dataset(hub, "google/IFEval", {"default": {"train": ifeval_rows(541)}})
     add_dataset(hub, "basicv8vc/SimpleQA", {"default": {"test": simpleqa_rows(300)}})
     add_dataset(
         hub, "allenai/ai2_arc",
