@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class NothingToLearn(UserError):
+    """All samples of a fit have the same reward."""
+
+
 def choices(values: Iterable[object]) -> str:
     """Allowed values, as an error message lists them."""
     return ", ".join(str(value) for value in values) or "(none)"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.selection import Feature, describe, rank
@@ -94,10 +94,10 @@ def require_different(moments: Moments) -> None:
     """Refuse rewards that are all equal.
 
     Raises:
-        UserError: They are.
+        NothingToLearn: They are.
     """
     if not rewards_differ(moments):
-        raise UserError(
+        raise NothingToLearn(
             f"all {round(moments.n.item())} rewards are {mean_reward(moments):g}, so there is nothing to correlate "
             "with. Choose a task that the model solves sometimes, or more samples."
         )

@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from corrsteer_pl.data import TaskDataModule
+from corrsteer_pl.errors import NothingToLearn
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.methods.corrsteer import CorrSteer
@@ -24,7 +25,7 @@ from corrsteer_pl.results.features import describe_feature
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
 from corrsteer_pl.rewards.judges import RefusalReward
-from corrsteer_pl.selection import Feature, reselect
+from corrsteer_pl.selection import Feature, Selection, reselect
 from corrsteer_pl.version import commit, machine
 
 # Answers that changed, shown each way; texts of the fit that snippets are taken from.
@@ -100,11 +101,9 @@ class Bench:
         cell = Cell(name, seed, self.plan.settings(name), self.commit, machine=machine())
         with _timed(cell, "fit"):
             module, data = self._fit(RecordedRewards, task, seed)
-        if module.selection is None:
-            raise RuntimeError("a finished fit has a selection")
-        chosen = {rule: reselect(module.selection, rule, "both", None).features for rule in self.plan.rules}
+        chosen = {rule: _selected(module.selection, rule) for rule in self.plan.rules}
         with _timed(cell, "shuffled fit"):
-            wrong = self._shuffled(task, seed, module.recorded)
+            wrong = self._shuffled(task, seed, module.recorded) if module.selection else {}
         variants = {rule: module.vectors_of(features) for rule, features in chosen.items()}
         first = chosen[self.plan.rules[0]]
         if first and self.plan.scales:
@@ -139,10 +138,13 @@ class Bench:
         for name, value in extra.items():
             setattr(module, name, value)
         data = self.plan.data(task, seed=seed)
-        Trainer(
+        trainer = Trainer(
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, devices=1,
-        ).fit(module, datamodule=data)  # fmt: skip
+        )  # fmt: skip
+        # A task of which the model solves all or nothing has no selection; it is measured all the same.
+        with suppress(NothingToLearn):
+            trainer.fit(module, datamodule=data)
         examples = dict(data.examples)
         data.setup("test")
         data.examples = {**examples, "test": data.examples["test"]}
@@ -242,6 +244,10 @@ def _compare(
             for i in order[:SHOWN]
             if sign * gain[i] > 0
         ]
+
+
+def _selected(selection: Selection | None, rule: str) -> tuple[Feature, ...]:
+    return reselect(selection, rule, "both", None).features if selection else ()
 
 
 def _scaled(vectors: Vectors, scale: float) -> Vectors:

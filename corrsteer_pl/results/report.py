@@ -26,7 +26,11 @@ def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
                 "seeds": [cell.seed for cell in some],
                 "counts": some[0].counts,
                 "systems": {system: _over_seeds(some, system) for system in _systems(some)},
-                "refusing": {key: _means([cell.refusing[key] for cell in some]) for key in some[0].refusing},
+                "fit_rewards": [cell.fit_reward for cell in some],
+                "refusing": {
+                    key: _means([cell.refusing[key] for cell in some if key in cell.refusing])
+                    for key in _keys(cell.refusing for cell in some)
+                },
                 "against": {key: [cell.against[key] for cell in some] for key in some[0].against},
                 "seconds": {part: sum(cell.seconds.get(part, 0.0) for cell in some) for part in some[0].seconds},
             }
@@ -46,13 +50,19 @@ def _all(values: Iterable[str]) -> str:
 
 
 def _systems(cells: Sequence[Cell]) -> list[str]:
-    names = list(cells[0].systems)
+    names = _keys(cell.systems for cell in cells)
     return [*names, RANDOM] if any(cell.random for cell in cells) else names
 
 
+def _keys(some: Iterable[dict[str, Any]]) -> list[str]:
+    """The keys of several, in order; a seed without a selection lacks what the others have of theirs."""
+    return list(dict.fromkeys(key for one in some for key in one))
+
+
 def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
-    """Means over seeds; of random features over all draws of all seeds, with their range."""
-    found = [m for cell in cells for m in (cell.random if system == RANDOM else [cell.systems[system]])]
+    """Means over the seeds that have the system; of random features over all draws of all seeds, with their range."""
+    having = [cell for cell in cells if system == RANDOM or system in cell.systems]
+    found = [m for cell in having for m in (cell.random if system == RANDOM else [cell.systems[system]])]
     rewards = [m["reward_steered"] for m in found]
     ratios = [m["side_effect_ratio"] for m in found if m["side_effect_ratio"] is not None]
     damage = [cell.damage[system] for cell in cells if system in cell.damage]
@@ -158,6 +168,11 @@ def verdict(name: str, task: dict[str, Any], rule: str) -> str:
     plain, m = task["systems"][UNSTEERED], task["systems"][rule]
     if plain["reward"] >= FULL or plain["reward"] <= 1 - FULL:
         return f"**{name}**: the unsteered model has {percent(plain['reward'])} %, so there is nothing to judge by."
+    if set(task["fit_rewards"]) <= {0.0, 1.0}:
+        return (
+            f"**{name}**: unsteered {percent(plain['reward'])} %; all answers to the fit prompts were equally right or "
+            "wrong, so there was nothing to correlate with."
+        )
     if not any(m["vectors"]):
         return (
             f"**{name}**: unsteered {percent(plain['reward'])} %; no feature beat the unsteered model on validation, "

@@ -10,16 +10,18 @@ import torch
 from corrsteer_pl.commands.train_saes import RECORD
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.evaluation.paired import paired_metrics
+from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results import __main__ as results
-from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Cell
+from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
 from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import likelier_tokens, snippets
 from corrsteer_pl.results.picture import Point, draw
-from corrsteer_pl.results.plan import Plan, SaePlan
+from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
-from corrsteer_pl.results.report import verdict
+from corrsteer_pl.results.report import summary, verdict
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import RULES
@@ -187,12 +189,17 @@ def test_the_verdict_follows_the_figures():
         SHUFFLED: metrics(0.5),
         RANDOM: metrics(0.7),
     }
-    task = {"systems": systems, "against": {"system prompt": [{"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}]}}
+    task = {
+        "fit_rewards": [0.4],
+        "systems": systems,
+        "against": {"system prompt": [{"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}]},
+    }
     said = verdict("t", task, "foreach")
     assert "clearly better than the unsteered model; not above all draws" in said
     assert "system prompt instead: clearly better than steering (+20.0 points)" in said
     systems["foreach"] = metrics(0.5, vectors=(0,))
     assert "nothing was selected" in verdict("t", task, "foreach")
+    assert "nothing to correlate with" in verdict("t", {**task, "fit_rewards": [0.0]}, "foreach")
     systems[UNSTEERED] = metrics(1.0)
     assert "nothing to judge by" in verdict("t", task, "foreach")
 
@@ -245,3 +252,33 @@ def test_saes_that_were_trained_otherwise_are_not_taken(tmp_path):
     with pytest.raises(UserError, match="were trained with k 4, and the plan says 5"):
         make_saes(replace(plan, train=SaePlan({"steps": 3, "k": 5})))
     assert [file.name for file in tmp_path.iterdir()] == [RECORD]
+
+
+def test_seeds_with_and_without_a_selection_are_brought_together():
+    plan = Plan("x", "demo", "demo", {"t": TaskPlan({})})
+    one = {**paired_metrics(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])), "vectors": 1}
+    none = {**paired_metrics(*[torch.tensor([0.0, 1.0, 1.0])] * 2), "vectors": 0}
+    judged = {"reward": 0.5, "agreement": 1.0, "log_odds": 0.0}
+    empty = Cell("t", 0, systems={UNSTEERED: none, "foreach": none}, refusing={UNSTEERED: judged})
+    whole = Cell("t", 1, systems={UNSTEERED: none, "foreach": one, TRIED: one}, random=[none], refusing={TRIED: judged})
+    for cells in ([empty, whole], [whole, empty]):
+        systems = summary(plan, cells)["tasks"]["t"]["systems"]
+        assert set(systems) == {UNSTEERED, "foreach", TRIED, RANDOM}
+        assert systems["foreach"]["reward"] == pytest.approx((1 + 2 / 3) / 2)
+        assert systems[TRIED]["reward"] == pytest.approx(1)
+        assert summary(plan, cells)["tasks"]["t"]["refusing"].keys() == {UNSTEERED, TRIED}
+
+
+def test_a_task_of_which_nothing_is_solved_is_measured_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"What is {i}?"} for i in range(60)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = {"prompt": "{q}", "gold": "never said", "reward": "exact", "max_new_tokens": 2}
+    task = TaskPlan({"task": "generic", "path": "rows.jsonl", "task_args": options}, shots=0, system_prompt=None)
+    plan = Plan("x", "demo", "demo", {"t": task}, rows=tmp_path, harmless=None)
+    cell = Bench(plan).measure("t", 0)
+    assert (cell.fit_reward, cell.features, cell.random) == (0, [], [])
+    assert {name: m["reward_steered"] for name, m in cell.systems.items()} == dict.fromkeys(
+        (UNSTEERED, "foreach", "global", "all", SHUFFLED), 0
+    )
+    assert cell.counts["test"] == 24
