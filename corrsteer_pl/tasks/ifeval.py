@@ -1,10 +1,8 @@
 """IFEval: instructions whose observance a program can verify, such as a number of words."""
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from types import SimpleNamespace
@@ -15,16 +13,15 @@ from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, present, structured
 from corrsteer_pl.tasks.template import Template
 
-NEEDED = ("lm_eval", "langdetect", "nltk", "immutabledict")
+NEEDED = ("lm_eval", "langdetect", "nltk", "punkt", "immutabledict")
 
 
 class IFEval(Task):
     """The reward is the share of a prompt's instructions that the response follows to the letter (strict).
 
     The checkers are those of lm-eval. Kinds of instructions, such as ``length_constraints``, are the groups; a prompt
-    with several kinds is in several groups. The checkers count sentences with NLTK's Punkt; without its data
-    (``python -m nltk.downloader punkt_tab``), and no network to fetch them, Punkt splits without its list of English
-    abbreviations, and a warning says so.
+    with several kinds is in several groups. The checkers count sentences with NLTK's Punkt, whose parameters come with
+    the extra, so that no verdict depends on a download.
 
     Args:
         all_or_nothing: Reward 1 if all instructions are followed, else 0.
@@ -110,28 +107,31 @@ class IFEval(Task):
 
 
 def checkers() -> Mapping[str, Any]:
-    """lm-eval's checkers by the names of instructions, the same verdicts every time."""
+    """lm-eval's checkers by the names of instructions, the same verdicts every time and without a network."""
     import nltk
 
-    # What it prints of a download is said better below.
-    with redirect_stdout(StringIO()), patch.object(nltk, "download", partial(nltk.download, quiet=True)):
+    # lm-eval fetches Punkt's parameters when it is imported; a package brings the same ones.
+    with patch.object(nltk, "download"), redirect_stdout(StringIO()):
         from langdetect import DetectorFactory
         from lm_eval.tasks.ifeval import instructions_registry, instructions_util
     DetectorFactory.seed = 0
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        warnings.warn(
-            "NLTK's data punkt_tab are not there and cannot be fetched, so IFEval counts sentences without English "
-            "abbreviations: python -m nltk.downloader punkt_tab fetches them.",
-            stacklevel=2,
-        )
-        punkt = nltk.tokenize.PunktSentenceTokenizer()
+    punkt = _english_punkt()
 
-        def words(text: str) -> list[str]:
-            sentences = punkt.tokenize(text)
-            return [word for some in sentences for word in nltk.word_tokenize(some, preserve_line=True)]
+    def words(text: str) -> list[str]:
+        return [word for some in punkt.tokenize(text) for word in nltk.word_tokenize(some, preserve_line=True)]
 
-        instructions_util._get_sentence_tokenizer = lambda: punkt
-        instructions_util.nltk = SimpleNamespace(tokenize=nltk.tokenize, word_tokenize=words)
+    instructions_util._get_sentence_tokenizer = lambda: punkt
+    instructions_util.nltk = SimpleNamespace(tokenize=nltk.tokenize, word_tokenize=words)
     return instructions_registry.INSTRUCTION_DICT
+
+
+def _english_punkt() -> Any:
+    """NLTK's splitter of sentences, with its parameters for English."""
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+    from punkt import load_model
+
+    learnt, parameters = load_model("english"), PunktParameters()
+    for name in ("abbrev_types", "collocations", "sent_starters"):
+        getattr(parameters, name).update(getattr(learnt, name))
+    parameters.ortho_context.update(learnt.ortho_context)
+    return PunktSentenceTokenizer(parameters)

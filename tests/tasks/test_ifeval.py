@@ -98,6 +98,13 @@ def test_without_the_extra_nothing_begins(monkeypatch):
         make_task("ifeval", {})
 
 
+def test_abbreviations_end_no_sentence():
+    text = "Mr. Smith of Acme Corp. met Gen. Jones vs. the rest. They left."
+    fewer = "length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}
+    more = "length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}
+    assert judged(text, fewer, more) == 1
+
+
 def test_making_the_task_imports_no_checker(monkeypatch):
     real = builtins.__import__
 
