@@ -35,6 +35,8 @@ def train_saes_on(
     d_sae: int = 512,
     k: int = 12,
     steps: int = 1000,
+    batch_tokens: int = 2048,
+    reuse: int = 1,
     dtype: str = "float32",
     save_every: int = 200,
     seed: int = 0,
@@ -56,12 +58,14 @@ def train_saes_on(
         layers: Decoder blocks, from 0; None for all.
         d_sae: Number of features.
         k: Features active per token.
-        steps: Optimiser steps, of 2,048 tokens each.
+        steps: Optimiser steps.
+        batch_tokens: Tokens of a step.
+        reuse: Steps that learn from each token that is read; more cost less, where reading is what takes long.
         dtype: Precision of the model: ``float32``, ``bfloat16`` or ``float16``.
         save_every: Steps between two savings of the unfinished training.
         seed: Seed of weights and order.
     """
-    recipe = Recipe(None if layers is None else tuple(layers), d_sae, k, steps, seed=seed)
+    recipe = Recipe(None if layers is None else tuple(layers), d_sae, k, steps, batch_tokens, seed=seed, reuse=reuse)
     for name, value in (("answer_tokens", answer_tokens), ("max_tokens", max_tokens), ("save_every", save_every)):
         if value < 1:
             raise UserError(f"--{name} is {value}; it is a number from 1 on.")
@@ -78,6 +82,9 @@ def train_saes_on(
 
         def report(done: int, rate: float) -> None:
             bar.update(task, completed=done, note=f"{rate:,.0f} tokens/s")
+            if not bar.console.is_terminal:
+                left = (steps - done) * batch_tokens / rate / 60
+                bar.console.print(f"{done} of {steps} steps, {rate:,.0f} tokens/s, {left:.0f} minutes left")
 
         training = train_saes(model, rows, out, recipe, save_every=save_every, report=report)
     given = {"llm": local_name(llm), "data": data, "prompts": prompts, "text": text, "prompt": prompt}

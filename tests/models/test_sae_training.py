@@ -11,7 +11,7 @@ from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sae_training.activations import Activations, batches, is_text
 from corrsteer_pl.models.sae_training.quality import qualities
 from corrsteer_pl.models.sae_training.texts import answered_rows, answers, held_out, padded, token_rows
-from corrsteer_pl.models.sae_training.train import UNFINISHED, Recipe, train_saes
+from corrsteer_pl.models.sae_training.train import UNFINISHED, Recipe, _trainer_cfg, train_saes
 from corrsteer_pl.models.sites import Site
 from tests.conftest import cli
 
@@ -44,6 +44,35 @@ def test_an_interrupted_training_ends_with_the_same_saes(llm, texts, tmp_path):
     assert not (tmp_path / "parts" / UNFINISHED).exists()
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert set(load_saes(str(tmp_path / "whole"), llm)) == {1, 3}
+
+
+def test_what_is_read_once_is_learnt_from_as_often_as_wanted(llm, texts):
+    rows = token_rows(llm, texts[:40], 20)
+    once, often = (Activations(llm, SITES, rows, 8, seed=3, reuse=reuse) for reuse in (1, 3))
+    read = {tuple(x.tolist()) for batch in once.round() for x in batch[1]}
+    dealt = [[tuple(x.tolist()) for x in batch[1]] for batch in often.round()]
+    third = len(dealt) // 3
+    for part in (dealt[:third], dealt[third : 2 * third], dealt[2 * third :]):
+        # A last batch that is not full is left out, of each dealing another one.
+        assert len({x for batch in part for x in batch} & read) >= len(read) - 16
+    assert dealt[0] != dealt[third]
+    assert {name: value for name, value in once.state().items() if name != "random"}.keys() == {"order", "next"}
+    assert once.state()["next"] == often.state()["next"], "no more texts are read"
+
+
+@pytest.mark.parametrize("changed", [{"reuse": 0}, {"batch_tokens": 0}])
+def test_a_recipe_without_tokens_is_refused(changed):
+    with pytest.raises(UserError, match=f"{next(iter(changed))} is 0; it is a number from 1 on"):
+        Recipe(**changed)
+
+
+def test_large_saes_use_bfloat16_where_the_processor_has_it(monkeypatch):
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        assert _trainer_cfg(Recipe(d_sae=2048), "cpu").autocast == amx
+        assert _trainer_cfg(Recipe(d_sae=2048), "cuda").autocast
+        assert not _trainer_cfg(Recipe(d_sae=512), "cuda").autocast
 
 
 def test_an_unfinished_training_of_another_kind_is_left_alone(llm, texts, tmp_path):

@@ -21,8 +21,9 @@ PLACES, CPU_PLACES = 16384, 2048
 class Activations:
     """Residuals at some sites, for all SAEs from one forward pass of the trunk; the head is left out.
 
-    Padding, BOS and the first token of a text are left out. A round reads texts until it has enough tokens, shuffles
-    them, and deals them out in batches. Texts come in a new order whenever all have been read.
+    Padding, BOS and the first token of a text are left out. A round reads texts until it has enough tokens, and deals
+    them out in batches, as often as each is to be used, shuffled anew each time. Texts come in a new order whenever all
+    have been read.
 
     Args:
         llm: The model.
@@ -30,12 +31,19 @@ class Activations:
         rows: Tokens of the texts, at least ``batch_tokens`` in all.
         batch_tokens: Tokens of a batch.
         seed: Seed of all orders.
+        reuse: How often a round deals out what it has read.
     """
 
     def __init__(
-        self, llm: LanguageModel, sites: Mapping[int, Site], rows: Sequence[Sequence[int]], batch_tokens: int, seed: int
+        self,
+        llm: LanguageModel,
+        sites: Mapping[int, Site],
+        rows: Sequence[Sequence[int]],
+        batch_tokens: int,
+        seed: int,
+        reuse: int = 1,
     ) -> None:
-        self.llm, self.sites, self.rows, self.batch_tokens = llm, sites, rows, batch_tokens
+        self.llm, self.sites, self.rows, self.batch_tokens, self.reuse = llm, sites, rows, batch_tokens, reuse
         self._random = torch.Generator().manual_seed(seed)
         self._order, self._next = torch.empty(0, dtype=torch.long), 0
 
@@ -51,12 +59,13 @@ class Activations:
     def round(self) -> Iterator[dict[int, Tensor]]:
         """The next batches, each ``(batch_tokens, d_model)`` float32 by layer; take all of them."""
         parts = [self._read(batch) for batch in padded(self._take(), places(self.llm), self.llm.device)]
-        mixed = torch.randperm(sum(len(next(iter(part.values()))) for part in parts), generator=self._random)
         whole = {layer: torch.cat([part[layer] for part in parts]) for layer in self.sites}
         del parts
-        for rows in mixed.split(self.batch_tokens):
-            if len(rows) == self.batch_tokens:
-                yield {layer: x[rows.to(x.device)].float() for layer, x in whole.items()}
+        for _ in range(self.reuse):
+            mixed = torch.randperm(len(next(iter(whole.values()))), generator=self._random)
+            for rows in mixed.split(self.batch_tokens):
+                if len(rows) == self.batch_tokens:
+                    yield {layer: x[rows.to(x.device)].float() for layer, x in whole.items()}
 
     def _take(self) -> list[Sequence[int]]:
         """Texts of the next round."""

@@ -24,7 +24,7 @@ from corrsteer_pl.models.sites import Site, decoder_blocks
 
 # Where an unfinished training lies in its folder; it is removed at the end.
 UNFINISHED = "unfinished.ckpt"
-# Products of SAEs with so many features are worth computing in bfloat16.
+# Products of SAEs with so many features are worth computing in bfloat16, where the processor has such products.
 AUTOCAST_FROM = 1024
 # What a SAELens trainer counts.
 COUNTS = (
@@ -44,6 +44,7 @@ class Recipe:
         batch_tokens: Tokens per step.
         lr: Learning rate of Adam; it falls to zero over the last fifth of the steps.
         seed: Seed of the weights and of the order of the texts.
+        reuse: Steps that learn from each token that is read; more cost less, where reading is what takes long.
     """
 
     layers: tuple[int, ...] | None = None
@@ -53,8 +54,12 @@ class Recipe:
     batch_tokens: int = 2048
     lr: float = 1e-3
     seed: int = 0
+    reuse: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("batch_tokens", "reuse"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {value}; it is a number from 1 on.")
         if not 0 < self.k <= self.d_sae or self.steps < 1:
             raise UserError(
                 f"k is {self.k}, d_sae {self.d_sae} and steps {self.steps}; needed are 1 <= k <= d_sae and at least "
@@ -93,7 +98,7 @@ def train_saes(
 
     All layers learn from one stream of activations, so the model reads a text once for all of them. A few texts are
     held out, and tell in the end how good the SAEs are. Each SAE lies under ``out/blocks.{layer}.hook_resid_post`` and
-    loads with ``SAE.load_from_disk``. Large SAEs are trained with products in bfloat16.
+    loads with ``SAE.load_from_disk``. Large SAEs are trained with products in bfloat16 where the device has them.
 
     Args:
         llm: Folder of a Hugging Face causal language model, or the model itself.
@@ -149,7 +154,7 @@ class _Work:
         self, llm: LanguageModel, sites: dict[int, Site], rows: list[list[int]], recipe: Recipe, out: Path
     ) -> None:
         self.llm, self.sites, self.recipe, self.out = llm, sites, recipe, out
-        self.stream = Activations(llm, sites, rows, recipe.batch_tokens, recipe.seed)
+        self.stream = Activations(llm, sites, rows, recipe.batch_tokens, recipe.seed, recipe.reuse)
         self.trainers: dict[int, SAETrainer] = {}
         self.steps, self.seconds = 0, 0.0
         about = {**asdict(recipe), "layers": list(sites), "model": llm.identity["fingerprint"], "texts": digest(rows)}
@@ -255,7 +260,14 @@ def _trainer_cfg(recipe: Recipe, device: str) -> SAETrainerConfig:
         lr_warm_up_steps=recipe.steps // 20,
         lr_decay_steps=recipe.steps // 5,
         dead_feature_window=max(1, recipe.steps // 10),
-        autocast=recipe.d_sae >= AUTOCAST_FROM,
+        autocast=recipe.d_sae >= AUTOCAST_FROM and has_bfloat16_products(device),
         device=device,
         logger=LoggingConfig(log_to_wandb=False),
     )
+
+
+def has_bfloat16_products(device: str) -> bool:
+    """Whether products in bfloat16 are faster than in float32; a processor without them takes seven times as long."""
+    if not device.startswith("cpu"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
