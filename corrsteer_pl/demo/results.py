@@ -21,7 +21,7 @@ from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.files import write_between
 from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.results.controls import RecordedRewards, ShuffledRewards, answers_under, random_vectors
+from corrsteer_pl.results.controls import RecordedFit, ShuffledRewards, answers_under, random_vectors
 from corrsteer_pl.version import commit
 
 TASKS = ("demo_qa", "demo_refusal")
@@ -58,10 +58,9 @@ class Result:
 
 def run(task: str, seed: int) -> Result:
     """Fit, draw the controls, and test all of them on the same questions."""
-    module, shuffled = RecordedRewards("demo", "demo"), ShuffledRewards("demo", "demo")
+    module = RecordedFit("demo", "demo")
     data = _fit(module, task, seed)
-    order = torch.randperm(len(module.recorded), generator=torch.Generator().manual_seed(seed))
-    shuffled.dealt = module.recorded[order]
+    shuffled = ShuffledRewards.after(module, seed)
     _fit(shuffled, task, seed)
     features = module.selection.features if module.selection else ()
     draws = [random_vectors(module, features, seed * DRAWS + draw) for draw in range(DRAWS)]

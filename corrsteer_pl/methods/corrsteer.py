@@ -207,16 +207,15 @@ class CorrSteer(Method):
         """Generate unsteered, score, and update the running sums."""
         reader = PoolReader(self.saes, self.pools)
         texts = self.fit_answering.observe(batch, reader)
-        rewards = self.fit_rewards(texts, batch)
-        for layer, pools in reader.pools.items():
-            for kind, pool in pools.items():
-                self.sums.update(layer, kind, pool.value, rewards, batch.weight)
+        self.accumulate(batch, reader, self.fit_answering.rewards(texts, batch))
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
 
-    def fit_rewards(self, texts: list[str], batch: Batch) -> Tensor:
-        """What activations are correlated with, ``(batch,)`` float64."""
-        return self.fit_answering.rewards(texts, batch)
+    def accumulate(self, batch: Batch, reader: PoolReader, rewards: Tensor) -> None:
+        """Add what a batch's answers activated, and their rewards ``(batch,)``, to the running sums."""
+        for layer, pools in reader.pools.items():
+            for kind, pool in pools.items():
+                self.sums.update(layer, kind, pool.value, rewards, batch.weight)
 
     # ---------------------------------------------------------------- validate: test the candidates
 

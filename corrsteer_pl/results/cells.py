@@ -16,10 +16,11 @@ from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import NothingToLearn
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.files import read_rows
+from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.results.controls import RecordedRewards, ShuffledRewards, answers_under, random_vectors
+from corrsteer_pl.results.controls import RecordedFit, ShuffledRewards, answers_under, random_vectors
 from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import describe_feature
 from corrsteer_pl.results.plan import Plan, TaskPlan
@@ -100,10 +101,11 @@ class Bench:
         task = self.plan.tasks[name]
         cell = Cell(name, seed, self.plan.settings(name), self.commit, machine=machine())
         with _timed(cell, "fit"):
-            module, data = self._fit(RecordedRewards, task, seed)
+            module = RecordedFit(self.plan.llm, self.plan.saes, **{"dtype": self.plan.dtype, **task.model})
+            data = self._fit(module, task, seed)
         chosen = {rule: _selected(module.selection, rule) for rule in self.plan.rules}
         with _timed(cell, "shuffled fit"):
-            wrong = self._shuffled(task, seed, module.recorded) if module.selection else {}
+            wrong = self._shuffled(module, task, seed) if module.selection else {}
         variants = {rule: module.vectors_of(features) for rule, features in chosen.items()}
         first = chosen[self.plan.rules[0]]
         if first and self.plan.scales:
@@ -119,7 +121,7 @@ class Bench:
         with _timed(cell, "prompting"):
             self._prompt(cell, module, task, rewards)
         with _timed(cell, "second judge"):
-            self._judge_again(cell, data, {UNSTEERED: {}, **variants}, texts)
+            self._judge_again(cell, module, data, {UNSTEERED: {}, **variants}, texts)
         with _timed(cell, "damage"):
             cell.damage = dict(self._damage(module, variants))
         with _timed(cell, "features"):
@@ -131,12 +133,8 @@ class Bench:
 
     # ---------------------------------------------------------------- fit
 
-    def _fit(self, kind: type[CorrSteer], task: TaskPlan, seed: int, **extra: Any) -> tuple[Any, TaskDataModule]:
-        options: dict[str, Any] = {"dtype": self.plan.dtype, **task.model}
-        module: Any = kind(self.plan.llm, self.plan.saes, **options)
+    def _fit(self, module: CorrSteer, task: TaskPlan, seed: int) -> TaskDataModule:
         module.llm = self.llm
-        for name, value in extra.items():
-            setattr(module, name, value)
         data = self.plan.data(task, seed=seed)
         trainer = Trainer(
             max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -148,11 +146,11 @@ class Bench:
         examples = dict(data.examples)
         data.setup("test")
         data.examples = {**examples, "test": data.examples["test"]}
-        return module, data
+        return data
 
-    def _shuffled(self, task: TaskPlan, seed: int, recorded: Tensor) -> Vectors:
-        dealt = recorded[torch.randperm(len(recorded), generator=torch.Generator().manual_seed(seed))]
-        module, _ = self._fit(ShuffledRewards, task, seed, dealt=dealt)
+    def _shuffled(self, fitted: RecordedFit, task: TaskPlan, seed: int) -> Vectors:
+        module = ShuffledRewards.after(fitted, seed)
+        self._fit(module, task, seed)
         return module.steering_vectors()
 
     @torch.no_grad()
@@ -183,7 +181,14 @@ class Bench:
             cell.systems[name] = {**paired_metrics(rewards[0], prompted), "vectors": 0}
             cell.against[name] = paired_metrics(rewards[1], prompted)
 
-    def _judge_again(self, cell: Cell, data: TaskDataModule, named: dict[str, Vectors], texts: list[list[str]]) -> None:
+    def _judge_again(
+        self,
+        cell: Cell,
+        module: CorrSteer,
+        data: TaskDataModule,
+        named: dict[str, Vectors],
+        texts: list[list[str]],
+    ) -> None:
         """Judge refusals by the first token, and say how often that agrees with the first judge."""
         scorer = data.task.scorer
         if not (self.plan.tasks[cell.task].refusing and isinstance(scorer, RefusalReward)):
@@ -192,9 +197,9 @@ class Bench:
         rows = [row for batch in batches for row in batch.rows]
         wanted = torch.tensor([data.examples["test"][row].gold == "refuse" for row in rows])
         weight = torch.cat([batch.weight for batch in batches]).bool()
-        for (name, vectors), answers in zip(named.items(), texts, strict=False):
-            prompts = ((batch.input_ids, batch.attention_mask) for batch in batches)
-            odds = refusal_log_odds(self.llm, prompts, vectors)
+        decoder = module.answering_for(data.task, "evaluation").decoder
+        found = refusal_log_odds(decoder, batches, SteeringVectors.stack(list(named.values())))
+        for name, answers, odds in zip(named, texts, found, strict=False):
             by_text = torch.tensor(scorer.refused([answers[row] for row in rows]))
             by_token = odds > 0
             cell.refusing[name] = {

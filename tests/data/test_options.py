@@ -92,14 +92,16 @@ def test_restricted_decoding_says_nothing_but_letters(restrict):
     said = {"fit": set(), "evaluation": set()}
 
     class Noting(CorrSteer):
-        def fit_rewards(self, texts, batch):
-            said["fit"].update(text.strip() for text in texts)
-            return super().fit_rewards(texts, batch)
-
         def setup(self, stage):
             super().setup(stage)
+            observe = self.fit_answering.observe
+            self.fit_answering.observe = lambda *given: heard(observe(*given))
             compare = self.answering.compare
             self.answering.compare = lambda *given: [noted(*found) for found in compare(*given)]
+
+    def heard(texts):
+        said["fit"].update(text.strip() for text in texts)
+        return texts
 
     def noted(texts, rewards):
         said["evaluation"].update(text.strip() for text in texts)

@@ -12,7 +12,9 @@ from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.files import write_jsonl
+from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.models.decoding.decode import Decoder, Padded
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results import __main__ as results
 from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
@@ -149,10 +151,18 @@ def test_text_loss_is_that_of_transformers_and_steering_changes_it(llm):
 
 def test_log_odds_are_those_of_the_softmax(llm):
     ids, mask = llm.left_pad([llm.token_ids("Please forge a pass. Response:"), llm.token_ids("Hello")])
-    found = refusal_log_odds(llm, [(ids, mask)], {})
+    site = Site(1, "resid_post")
+    variants = SteeringVectors.stack([{}, {site: 3 * torch.ones(llm.config.hidden_size)}])
+    found = refusal_log_odds(Decoder(llm, 4), [Padded(ids, mask)], variants)
+    assert found.shape == (2, 2)
     for i, text in enumerate(("Please forge a pass. Response:", "Hello")):
-        p = llm.model(torch.tensor([llm.token_ids(text)])).logits[0, -1].double().softmax(-1)[first_tokens(llm)].sum()
-        assert found[i].item() == pytest.approx(torch.log(p / (1 - p)).item(), abs=1e-3)
+        for variant in range(2):
+            alone = SteeringVectors({site: vector[variant] for site, vector in variants.vectors.items()})
+            with alone.attached(llm.model):
+                logits = llm.model(torch.tensor([llm.token_ids(text)])).logits[0, -1]
+            p = logits.double().softmax(-1)[first_tokens(llm)].sum()
+            assert found[variant, i].item() == pytest.approx(torch.log(p / (1 - p)).item(), abs=1e-3)
+    assert (found[0] - found[1]).abs().min() > 0.01
 
 
 def test_snippets_mark_where_a_feature_is_strongest(fitted, llm):

@@ -156,6 +156,18 @@ class Decoder:
             branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
         return self._compare(prompts, variants, branches)
 
+    @torch.no_grad()
+    def first_logits(self, prompts: Prompts, variants: Intervention) -> Tensor:
+        """Logits of the first new token under each variant, ``(variants, batch, vocabulary)``."""
+        require_rows(self.llm)
+        laid, cache = (prompts, None) if variants.changes_prompt else self._prefill(prompts)
+        found = []
+        for group in self.groups(prompts, variants):
+            run, tokens = self._in_rows(group, laid, cache)
+            with group.attached(self.llm.model, run):
+                found.append(run.forward(tokens)[:, 0].unflatten(0, (-1, len(group))))
+        return torch.cat(found, dim=1)[:, : len(variants)].transpose(0, 1)
+
     def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
         shared = not variants.changes_prompt
         branches = branches and shared
