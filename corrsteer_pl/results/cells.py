@@ -20,9 +20,15 @@ from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.results.controls import RecordedFit, ShuffledRewards, answers_under, random_vectors
+from corrsteer_pl.results.controls import (
+    RecordedFit,
+    ShuffledRewards,
+    answers_under,
+    random_vectors,
+    without_repetitions,
+)
 from corrsteer_pl.results.damage import text_loss
-from corrsteer_pl.results.features import describe_feature
+from corrsteer_pl.results.features import describe_features
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
 from corrsteer_pl.rewards.judges import RefusalReward
@@ -219,9 +225,10 @@ class Bench:
             _, rewards = answers_under(module, data, [{}, *steered.values()])
             harmless = {rule: paired_metrics(rewards[0], some) for rule, some in zip(steered, rewards[1:], strict=True)}
         yield UNSTEERED, {"harmless": None, "text_loss": self._plain_loss}
-        for rule, vectors in steered.items():
-            loss = text_loss(self.llm, self.texts, vectors) if self.texts else None
-            yield rule, {"harmless": harmless.get(rule), "text_loss": loss}
+        different, places = without_repetitions(list(steered.values()))
+        losses = [text_loss(self.llm, self.texts, vectors) if self.texts else None for vectors in different]
+        for rule, place in zip(steered, places, strict=True):
+            yield rule, {"harmless": harmless.get(rule), "text_loss": losses[place]}
 
     @cached_property
     def _plain_loss(self) -> float | None:
@@ -231,7 +238,7 @@ class Bench:
     def _describe(self, cell: Cell, module: CorrSteer, data: TaskDataModule, features: tuple[Feature, ...]) -> None:
         examples = data.examples["train"][:SNIPPET_TEXTS]
         rows = [data.token_ids(example, data.fit_task) for example in examples] if features else []
-        cell.features = [describe_feature(module, feature, rows) for feature in features]
+        cell.features = describe_features(module, features, rows)
 
 
 def _compare(

@@ -83,6 +83,8 @@ def answers_under(
 ) -> tuple[list[list[str]], Tensor]:
     """Answers to the prompts of a split under each variant, the same samples in the order of the split.
 
+    Variants that are alike are answered once.
+
     Args:
         module: One that has just been fitted.
         data: A data module that has been set up for the split, with the trainer of the fit.
@@ -92,12 +94,28 @@ def answers_under(
     Returns:
         ``texts[variant][sample]``, and rewards ``(variants, samples)`` float64.
     """
-    count = len(data.examples[split])
-    texts, rewards = [[""] * count for _ in variants], torch.zeros(len(variants), count, dtype=torch.float64)
+    count, (different, places) = len(data.examples[split]), without_repetitions(variants)
+    texts, rewards = [[""] * count for _ in different], torch.zeros(len(different), count, dtype=torch.float64)
     answering = module.answering_for(data.task, "evaluation")
-    steering = SteeringVectors.stack(variants, answering.schedule or module.schedule)
+    steering = SteeringVectors.stack(different, answering.schedule or module.schedule)
     for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
         for variant, (some, judged) in enumerate(answering.compare(batch.to(module.device), steering)):
             for i, row in enumerate(batch.rows):
                 texts[variant][row], rewards[variant, row] = some[i], judged[i]
-    return texts, rewards
+    return [texts[place] for place in places], rewards[places]
+
+
+def without_repetitions(variants: list[dict[Site, Tensor]]) -> tuple[list[dict[Site, Tensor]], list[int]]:
+    """The variants without repetitions, and where among them each variant is."""
+    different: list[dict[Site, Tensor]] = []
+    places = []
+    for variant in variants:
+        same = (i for i, other in enumerate(different) if _equal(variant, other))
+        places.append(next(same, len(different)))
+        if places[-1] == len(different):
+            different.append(variant)
+    return different, places
+
+
+def _equal(some: dict[Site, Tensor], others: dict[Site, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(vector, others[site]) for site, vector in some.items())

@@ -45,6 +45,7 @@ class TaskPlan:
         draws: Draws of random features; None for those of all tasks.
         refusing: Whether the log-odds of a refusing first token judge its answers a second time.
         model: Options of the method for this task alone.
+        note: What it asks, for the page.
     """
 
     data: dict[str, Any]
@@ -54,6 +55,7 @@ class TaskPlan:
     draws: int | None = None
     refusing: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class Plan:
         """A hash of all that a task's figures depend on, but for the seed and the code."""
         said = {**asdict(self), "tasks": asdict(self.tasks[name])}
         kept = {key: value for key, value in said.items() if key not in ("title", "page", "name", "seeds", "rows")}
-        kept["tasks"].pop("seeds")
+        for name in ("seeds", "note"):
+            kept["tasks"].pop(name)
         return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     def check(self) -> None:

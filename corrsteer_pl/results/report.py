@@ -163,22 +163,23 @@ def _spread(m: dict[str, Any]) -> str:
     return f"{percent(m['reward'])} ({percent(m['lowest'])} to {percent(m['highest'])})"
 
 
-def verdict(name: str, task: dict[str, Any], rule: str) -> str:
-    """What the figures of a task say, in plain words."""
+def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None) -> str:
+    """What the figures of a task say, in plain words, after what it asks."""
     plain, m = task["systems"][UNSTEERED], task["systems"][rule]
+    name = f"**{name}** ({note})" if note else f"**{name}**"
     if plain["reward"] >= FULL or plain["reward"] <= 1 - FULL:
-        return f"**{name}**: the unsteered model has {percent(plain['reward'])} %, so there is nothing to judge by."
+        return f"{name}: the unsteered model has {percent(plain['reward'])} %, so there is nothing to judge by."
     if set(task["fit_rewards"]) <= {0.0, 1.0}:
         return (
-            f"**{name}**: unsteered {percent(plain['reward'])} %; all answers to the fit prompts were equally right or "
+            f"{name}: unsteered {percent(plain['reward'])} %; all answers to the fit prompts were equally right or "
             "wrong, so there was nothing to correlate with."
         )
     if not any(m["vectors"]):
         return (
-            f"**{name}**: unsteered {percent(plain['reward'])} %; no feature beat the unsteered model on validation, "
+            f"{name}: unsteered {percent(plain['reward'])} %; no feature beat the unsteered model on validation, "
             "so nothing was selected."
         )
-    words = [f"**{name}**: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
+    words = [f"{name}: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
     words.append(_clear("the unsteered model", m["ci_low"], m["ci_high"]))
     if RANDOM in task["systems"]:
         other = task["systems"][RANDOM]
@@ -219,7 +220,7 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
         "Nothing was chosen on test prompts.\n"
     )
     lines.append("## What came out\n")
-    lines += [f"- {verdict(name, task, rule)}" for name, task in found["tasks"].items()]
+    lines += [f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()]
     lines.append(f"\n![differences from the unsteered model](../results/{plan.name}/differences.svg)\n")
     lines.append(table(found) + NOTE)
     if any(task["refusing"] for task in found["tasks"].values()):

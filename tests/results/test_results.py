@@ -113,6 +113,29 @@ def test_the_same_selection_is_tested_as_by_an_ordinary_test(fitted, tmp_path):
     assert [o.reward_steered for o in fitted.outcomes] == rewards[1].tolist()
 
 
+def test_variants_that_are_alike_are_answered_once(fitted, monkeypatch):
+    from corrsteer_pl.results import controls
+
+    data = TaskDataModule("demo_qa", test_size=24)
+    data.trainer = fitted.trainer
+    data.setup("test")
+    steered = fitted.steering_vectors()
+    other = {site: 2 * vector for site, vector in steered.items()}
+    variants = [{}, steered, {}, other, dict(steered)]
+    together = controls.answers_under(fitted, data, variants)
+    stacked = []
+    stack = SteeringVectors.stack
+    monkeypatch.setattr(
+        controls.SteeringVectors, "stack", lambda some, schedule: stacked.append(len(some)) or stack(some, schedule)
+    )
+    alone = [controls.answers_under(fitted, data, [variant]) for variant in variants]
+    assert together[0] == [texts[0] for texts, _ in alone]
+    assert together[1].tolist() == [rewards[0].tolist() for _, rewards in alone]
+    stacked[:] = []
+    controls.answers_under(fitted, data, variants)
+    assert stacked == [3]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -170,7 +193,8 @@ def test_snippets_mark_where_a_feature_is_strongest(fitted, llm):
     data = TaskDataModule("demo_qa")
     data.setup("fit")
     rows = [llm.token_ids(example.prompt) for example in data.examples["train"][:12]]
-    found = snippets(fitted, feature, rows)
+    found, others = snippets(fitted, fitted.selection.candidates[:2], rows)
+    assert others == snippets(fitted, fitted.selection.candidates[1:2], rows)[0] != found
     sae, best = fitted.saes[feature.layer], []
     for row in rows:
         states = llm.model(torch.tensor([row]), output_hidden_states=True).hidden_states[feature.layer + 1]
@@ -206,6 +230,8 @@ def test_the_verdict_follows_the_figures():
     }
     said = verdict("t", task, "foreach")
     assert "clearly better than the unsteered model; not above all draws" in said
+    assert said.startswith("**t**: unsteered 50.0 %")
+    assert verdict("t", task, "foreach", "as asked").startswith("**t** (as asked): unsteered")
     assert "system prompt instead: clearly better than steering (+20.0 points)" in said
     systems["foreach"] = metrics(0.5, vectors=(0,))
     assert "nothing was selected" in verdict("t", task, "foreach")
@@ -244,6 +270,8 @@ def test_the_plans_that_ship_can_be_read_and_their_tasks_made(path, tmp_path):
     hashes = {plan.settings(name) for name in plan.tasks}
     assert len(hashes) == len(plan.tasks)
     assert replace(plan, draws=plan.draws + 1).settings(name) not in hashes
+    noted = replace(plan, tasks={**plan.tasks, name: replace(plan.tasks[name], note="another")})
+    assert noted.settings(name) in hashes
     assert replace(plan, seeds=(7,), title="another").settings(name) in hashes
 
 
