@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from corrsteer_pl.models.decoding.cache import FullCache, picked
+from corrsteer_pl.models.decoding.cache import FullCache, joined, picked
 
 LAYERS = 2
 
@@ -91,3 +91,18 @@ def test_rows_in_another_order_are_written_elsewhere():
         cache.reorder_cache(torch.tensor([2, 0, 1]))
         written(cache, 2)
     same(ours, theirs)
+
+
+def test_joined_rows_hold_what_one_cache_does_with_room_and_without_copies_left_behind():
+    whole, parts = FullCache(room=4), [FullCache(room=4) for _ in range(2)]
+    written(whole, 6)
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 3)), strict=True):
+        part.fill((keys[rows], values[rows]) for keys, values in whole.pairs)
+    ours = joined(parts)
+    same(ours, whole)
+    assert [part.layers for part in parts] == [[], []]
+    before = [keys.data_ptr() for keys, _ in ours.pairs]
+    written(ours, 4)
+    written(whole, 4)
+    same(ours, whole)
+    assert [keys.data_ptr() for keys, _ in ours.pairs] == before

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -66,6 +65,17 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = self._longer("keys", key_states), self._longer("values", value_states)
         return self.keys, self.values
 
+    def join(self, parts: Sequence[Any]) -> None:
+        """Hold what layers of different rows, equally long, hold."""
+        self.lazy_initialization(parts[0].keys, parts[0].values)
+        for name in ("keys", "values"):
+            held = [getattr(part, name) for part in parts]
+            rows, (_, heads, length, width) = [len(some) for some in held], held[0].shape
+            self._spaces[name] = held[0].new_empty(sum(rows), heads, length + self._room, width)
+            for some, place in zip(held, self._spaces[name].split(rows), strict=True):
+                place[:, :, :length] = some
+            setattr(self, name, self._spaces[name][:, :, :length])
+
     def _longer(self, name: str, new: Tensor) -> Tensor:
         held, space = getattr(self, name), self._spaces.get(name)
         length, end = held.shape[2], held.shape[2] + new.shape[2]
@@ -87,7 +97,10 @@ def picked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 
 def joined(caches: Sequence[FullCache]) -> FullCache:
-    """Caches of different rows, equally long, as one."""
-    layers = zip(*(cache.pairs for cache in caches), strict=True)
-    pairs = (tuple(torch.cat(tensors) for tensors in zip(*layer, strict=True)) for layer in layers)
-    return FullCache(caches[0].room).fill((keys, values) for keys, values in pairs)
+    """Caches of different rows, equally long, as one; they lose their layers, so that memory holds each once."""
+    whole = FullCache(caches[0].room)
+    while caches[0].layers:
+        layer = _RoomyLayer(whole.room)
+        layer.join([cache.layers.pop(0) for cache in caches])
+        whole.layers.append(layer)
+    return whole
