@@ -128,28 +128,32 @@ NOTE = (
 
 
 SHORT = (
-    "| task | n | unsteered | steered | difference [95 %] | SER | random features | shuffled rewards | system prompt "
-    "| shots |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    "| task | seeds | n | unsteered | steered | difference [95 %] | SER | random features | shuffled rewards "
+    "| system prompt | shots |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
 def short_table(plan: Plan, found: dict[str, Any]) -> str:
-    """One line a task, for a README: the first rule against the controls and against prompting."""
+    """One line a task, for a README: the first rule against the controls and against prompting.
+
+    Tasks with options of their own for the method are left to the page.
+    """
     text = SHORT
     for name, task in found["tasks"].items():
+        if plan.tasks[name].model:
+            continue
         systems, shots = task["systems"], plan.tasks[name].shots
         m, drawn = systems[plan.rules[0]], systems.get(RANDOM)
         random = _spread(drawn) if drawn else ""
         others = [systems[key]["reward"] if key in systems else None for key in (SHUFFLED, SYSTEM, f"{shots} {SHOTS}")]
         ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
         cells = (
-            name, m["n"], percent(systems[UNSTEERED]["reward"]), percent(m["reward"]), _difference(m), ratio, random,
-            *(percent(reward) for reward in others),
+            name, len(task["seeds"]), m["n"], percent(systems[UNSTEERED]["reward"]), percent(m["reward"]),
+            _difference(m), ratio, random, *(percent(reward) for reward in others),
         )  # fmt: skip
         text += f"| {' | '.join(map(str, cells))} |\n"
-    seeds = max(len(task["seeds"]) for task in found["tasks"].values())
     return text + (
-        f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over {seeds} seed{'s'[: seeds > 1]}. "
+        f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over the seeds. "
         f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.\n"
     )
@@ -185,6 +189,8 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
         other = task["systems"][RANDOM]
         beaten = "above all" if m["reward"] > other["highest"] else "not above all"
         words.append(f"{beaten} draws of random features (highest {percent(other['highest'])} %)")
+    if m["harmless"] is not None:
+        words.append(f"harmless requests {100 * m['harmless']:+.1f} points")
     shuffled = task["systems"][SHUFFLED]["reward"]
     words.append(f"{100 * (m['reward'] - shuffled):+.1f} points against shuffled rewards")
     for way, found in task["against"].items():
@@ -219,8 +225,10 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.{unfinished} "
         "Nothing was chosen on test prompts.\n"
     )
-    lines.append("## What came out\n")
-    lines += [f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()]
+    said = {name: f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()}
+    lines += ["## What came out\n", *(line for name, line in said.items() if not plan.tasks[name].model)]
+    if tried := [line for name, line in said.items() if plan.tasks[name].model]:
+        lines += ["\n## What else was tried\n", *tried]
     lines.append(f"\n![differences from the unsteered model](../results/{plan.name}/differences.svg)\n")
     lines.append(table(found) + NOTE)
     if any(task["refusing"] for task in found["tasks"].values()):

@@ -23,7 +23,7 @@ from corrsteer_pl.results.features import likelier_tokens, snippets
 from corrsteer_pl.results.picture import Point, draw
 from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
-from corrsteer_pl.results.report import summary, verdict
+from corrsteer_pl.results.report import short_table, summary, verdict
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import RULES
@@ -41,6 +41,7 @@ harmless: {data: {task: demo_refusal, test_size: 16}}
 tasks:
   qa: {data: {task: demo_qa, train_size: 128, val_size: 32, test_size: 40}, shots: 2}
   refusal: {data: {task: demo_refusal, train_size: 64, val_size: 16, test_size: 24}, seeds: [0], refusing: true}
+  late: {data: {task: demo_qa, train_size: 64, val_size: 16, test_size: 24}, seeds: [1], model: {layers: [3]}, draws: 1}
 """
 
 
@@ -77,7 +78,7 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
     assert half["tasks"]["qa"]["seeds"] == [0], "an interrupted run leaves whole tables of what is finished"
     measured[:] = []
     assert results.main(["--config", "plan.yaml"]) == 0
-    assert measured == [("qa", 1)]
+    assert measured == [("qa", 1), ("late", 1)]
     found = json.loads((tmp_path / "plan/table.json").read_text(encoding="utf-8"))
     qa = found["tasks"]["qa"]
     assert qa["seeds"] == [0, 1]
@@ -94,6 +95,14 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
             assert cell["systems"][TRIED] == cell["systems"]["foreach"]
     assert found["tasks"]["refusal"]["refusing"].keys() == {UNSTEERED, "foreach", "global", "all", TRIED}
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    came, tried = page.split("What else was tried")
+    assert "**qa**" in came
+    assert "**late**" not in came
+    assert "**late**" in tried
+    short = short_table(Plan.read(tmp_path / "plan.yaml"), found)
+    assert [line.split(" | ")[:2] for line in short.splitlines() if line.startswith("| ")][1:] == [
+        ["| qa", "2"], ["| refusal", "1"]
+    ]  # fmt: skip
     for text in ("the demo", "### refusal", "2 shots instead", "Answers that changed", "makes likelier"):
         assert text in page
     ET.parse(tmp_path / "plan/differences.svg")
@@ -212,7 +221,7 @@ def test_likelier_tokens_are_the_heads_own(llm):
 def metrics(reward, low=0.0, high=0.0, vectors=(1,)):
     return {
         "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "ci_low": low, "ci_high": high,
-        "vectors": list(vectors), "difference": 0.0,
+        "vectors": list(vectors), "difference": 0.0, "harmless": -0.02,
     }  # fmt: skip
 
 
@@ -231,6 +240,7 @@ def test_the_verdict_follows_the_figures():
     said = verdict("t", task, "foreach")
     assert "clearly better than the unsteered model; not above all draws" in said
     assert said.startswith("**t**: unsteered 50.0 %")
+    assert "harmless requests -2.0 points" in said
     assert verdict("t", task, "foreach", "as asked").startswith("**t** (as asked): unsteered")
     assert "system prompt instead: clearly better than steering (+20.0 points)" in said
     systems["foreach"] = metrics(0.5, vectors=(0,))
