@@ -171,8 +171,8 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
     """What the figures of a task say, in plain words, after what it asks."""
     plain, m = task["systems"][UNSTEERED], task["systems"][rule]
     name = f"**{name}** ({note})" if note else f"**{name}**"
-    if plain["reward"] >= FULL or plain["reward"] <= 1 - FULL:
-        return f"{name}: the unsteered model has {percent(plain['reward'])} %, so there is nothing to judge by."
+    if min(plain["reward"], m["reward"]) >= FULL or max(plain["reward"], m["reward"]) <= 1 - FULL:
+        return f"{name}: with and without steering {percent(plain['reward'])} %, so there is nothing to judge by."
     if set(task["fit_rewards"]) <= {0.0, 1.0}:
         return (
             f"{name}: unsteered {percent(plain['reward'])} %; all answers to the fit prompts were equally right or "

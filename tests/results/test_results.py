@@ -246,7 +246,10 @@ def test_the_verdict_follows_the_figures():
     systems["foreach"] = metrics(0.5, vectors=(0,))
     assert "nothing was selected" in verdict("t", task, "foreach")
     assert "nothing to correlate with" in verdict("t", {**task, "fit_rewards": [0.0]}, "foreach")
-    systems[UNSTEERED] = metrics(1.0)
+    systems[UNSTEERED] = metrics(0.0)
+    systems["foreach"] = metrics(0.9, 0.8, 1.0)
+    assert "clearly better than the unsteered model" in verdict("t", task, "foreach")
+    systems[UNSTEERED] = systems["foreach"] = metrics(1.0)
     assert "nothing to judge by" in verdict("t", task, "foreach")
 
 
