@@ -1,14 +1,12 @@
 """``python -m corrsteer_pl.results --config results/smollm2.yaml``."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from corrsteer_pl.cli.lightning import quieten_lightning
-from corrsteer_pl.commands.train_saes import RECORD
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.evaluation.tables import percent, show
 from corrsteer_pl.files import write_between, write_json, write_utf8
@@ -19,24 +17,21 @@ from corrsteer_pl.results.report import page, points, short_table, summary, tabl
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.results.store import Store
 
-# Options of a training of SAEs that name files.
-PATHS = ("llm", "data", "prompts")
-
 
 def main(args: list[str]) -> int:
     """Train SAEs if there are none, measure the cells that are missing, and write table, picture and page."""
     parser = argparse.ArgumentParser(prog="python -m corrsteer_pl.results", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the plan, a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the results; beside the plan, of its name, if left out")
-    parser.add_argument("--cells", type=Path, help="folder of finished cells; checkpoints/results/NAME if left out")
+    parser.add_argument("--cells", type=Path, help="folder of finished cells; below that of the results if left out")
     parser.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks that this process measures")
     parser.add_argument("--readme", type=Path, help="file to write a short table into, between its marks")
     options = parser.parse_args(args)
     quieten_lightning()
     try:
         plan = Plan.read(options.config)
-        store = Store(options.cells or Path("checkpoints/results") / plan.name)
-        run(plan, store, options.out or options.config.with_suffix(""), options.only, options.readme)
+        out = options.out or options.config.with_suffix("")
+        run(plan, Store(options.cells or out / "cells"), out, options.only, options.readme)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -56,9 +51,9 @@ def run(plan: Plan, store: Store, out: Path, only: Sequence[str] = (), readme: P
     show(
         f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished; on 2 cores a cell takes minutes to an hour."
     )
-    plan.check()
-    make_saes(plan)
     if missing:
+        plan.check()
+        store.keep_saes(make_saes(plan))
         bench = Bench(plan)
         for pair in missing:
             cell = bench.measure(*pair)
@@ -77,11 +72,7 @@ def write(plan: Plan, store: Store, out: Path, readme: Path | None) -> None:
     """Write table, picture and page from all finished cells, whichever process measured them."""
     cells = [cell for pair in plan.cells() if (cell := store.find(*pair, plan.settings(pair[0])))]
     found = summary(plan, cells)
-    record = Path(plan.saes) / RECORD
-    saes = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-    if saes is not None:
-        # Paths belong to the machine that trained them.
-        saes["options"] = {key: value for key, value in saes["options"].items() if key not in PATHS}
+    saes = store.saes()
     caption = f"{plan.title}: difference from {UNSTEERED}, percentage points, 95 %"
     write_json(out / "table.json", {**found, "saes": saes})
     write_utf8(out / "table.md", table(found))

@@ -2,37 +2,45 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from corrsteer_pl.commands.train_saes import RECORD, train_saes_on
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import read_rows, write_jsonl
-from corrsteer_pl.results.plan import Plan
+from corrsteer_pl.results.plan import Plan, SaePlan
 
 
-def make_saes(plan: Plan) -> None:
+def make_saes(plan: Plan) -> dict[str, Any] | None:
     """Train the SAEs of a plan, if it says how and they are not there.
+
+    Returns:
+        What is on record of their training; None if the plan does not say how they are trained.
 
     Raises:
         UserError: They are there, but trained otherwise.
     """
     if plan.train is None:
-        return
+        return None
     folder = Path(plan.saes)
     wanted = {"answer_tokens": plan.train.answer_tokens, "dtype": plan.dtype, **plan.train.recipe}
-    if (folder / RECORD).exists():
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["options"]
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise UserError(
-                    f"the SAEs in {folder} were trained with {name} {found.get(name)}, and the plan says {value}. "
-                    "Remove them, or name another folder."
-                )
-        return
+    if not (folder / RECORD).exists():
+        _train(plan, plan.train, folder, wanted)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if (found := record["options"].get(name)) != value:
+            raise UserError(
+                f"the SAEs in {folder} were trained with {name} {found}, and the plan says {value}. Remove them, or "
+                "name another folder."
+            )
+    return record
+
+
+def _train(plan: Plan, train: SaePlan, folder: Path, options: dict[str, Any]) -> None:
     texts, prompts = folder / "texts.jsonl", folder / "prompts.jsonl"
-    write_jsonl(texts, ({"text": row["text"]} for row in _rows(plan, plan.train.texts)))
-    asked = [row["prompt"] for row in _rows(plan, plan.train.prompts)] + _fit_prompts(plan, plan.train.tasks)
+    write_jsonl(texts, ({"text": row["text"]} for row in _rows(plan, train.texts)))
+    asked = [row["prompt"] for row in _rows(plan, train.prompts)] + _fit_prompts(plan, train.tasks)
     write_jsonl(prompts, ({"prompt": prompt} for prompt in dict.fromkeys(asked)))
-    train_saes_on(plan.llm, folder, texts, prompts, **wanted)
+    train_saes_on(plan.llm, folder, texts, prompts, **options)
 
 
 def _rows(plan: Plan, files: dict[str, int]) -> list[dict]:

@@ -25,6 +25,7 @@ from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
 from corrsteer_pl.results.report import short_table, summary, verdict
 from corrsteer_pl.results.saes import make_saes
+from corrsteer_pl.results.store import Store
 from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import RULES
 from tests.conftest import CONFIGS, make_trainer
@@ -83,9 +84,7 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
     qa = found["tasks"]["qa"]
     assert qa["seeds"] == [0, 1]
     assert set(qa["systems"]) == {UNSTEERED, "foreach", "global", "all", TRIED, SHUFFLED, "2 shots", RANDOM}
-    cells = [
-        json.loads(p.read_text(encoding="utf-8")) for p in sorted((tmp_path / "checkpoints/results/plan").glob("qa*"))
-    ]
+    cells = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((tmp_path / "plan/cells").glob("qa*"))]
     rewards = [cell["systems"]["foreach"]["reward_steered"] for cell in cells]
     assert qa["systems"]["foreach"]["reward"] == pytest.approx(sum(rewards) / 2)
     assert all(len(cell["random"]) == 2 for cell in cells)
@@ -299,10 +298,29 @@ def test_saes_that_were_trained_otherwise_are_not_taken(tmp_path):
     options = {"steps": 3, "k": 4, "dtype": "float32", "answer_tokens": 48}
     (tmp_path / RECORD).write_text(json.dumps({"options": options}), encoding="utf-8")
     plan = Plan("x", "demo", str(tmp_path), {}, train=SaePlan({"steps": 3, "k": 4}))
-    make_saes(plan)
+    assert make_saes(plan) == {"options": options}
     with pytest.raises(UserError, match="were trained with k 4, and the plan says 5"):
         make_saes(replace(plan, train=SaePlan({"steps": 3, "k": 5})))
     assert [file.name for file in tmp_path.iterdir()] == [RECORD]
+
+
+def test_what_is_on_record_of_saes_names_no_file(tmp_path):
+    store = Store(tmp_path / "cells")
+    store.keep_saes(None)
+    assert store.saes() is None
+    store.keep_saes({"options": {"steps": 3, "llm": "/somewhere", "data": "x"}, "loss": 2.0})
+    assert store.saes() == {"options": {"steps": 3}, "loss": 2.0}
+
+
+def test_tables_are_made_of_finished_cells_without_the_model(tmp_path, monkeypatch):
+    plan = Plan("x", str(tmp_path / "absent"), str(tmp_path / "none"), {"t": TaskPlan({})}, train=SaePlan({}))
+    m = {**paired_metrics(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])), "vectors": 1}
+    store = Store(tmp_path / "cells")
+    for seed in plan.seeds:
+        store.keep(Cell("t", seed, plan.settings("t"), systems={UNSTEERED: m, "foreach": m, SHUFFLED: m}))
+    results.run(plan, store, tmp_path / "out")
+    assert json.loads((tmp_path / "out/table.json").read_text(encoding="utf-8"))["tasks"]["t"]["seeds"] == [0, 1, 2]
+    assert not (tmp_path / "none").exists()
 
 
 def test_seeds_with_and_without_a_selection_are_brought_together():
