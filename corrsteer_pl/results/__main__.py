@@ -11,11 +11,13 @@ from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.evaluation.tables import percent, show
 from corrsteer_pl.files import write_between, write_json, write_utf8
 from corrsteer_pl.results.cells import UNSTEERED, Bench, Cell
+from corrsteer_pl.results.page import page
 from corrsteer_pl.results.picture import draw
 from corrsteer_pl.results.plan import Plan
-from corrsteer_pl.results.report import page, points, short_table, summary, table
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.results.store import Store
+from corrsteer_pl.results.summary import points, summary
+from corrsteer_pl.results.tables import short_table, table
 
 
 def main(args: list[str]) -> int:

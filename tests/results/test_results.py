@@ -20,12 +20,14 @@ from corrsteer_pl.results import __main__ as results
 from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
 from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import likelier_tokens, snippets
+from corrsteer_pl.results.page import verdict
 from corrsteer_pl.results.picture import Point, draw
 from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
-from corrsteer_pl.results.report import short_table, summary, verdict
 from corrsteer_pl.results.saes import make_saes
 from corrsteer_pl.results.store import Store
+from corrsteer_pl.results.summary import summary
+from corrsteer_pl.results.tables import short_table
 from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import RULES
 from tests.conftest import CONFIGS, make_trainer

@@ -1,0 +1,168 @@
+"""The page of results, in plain words."""
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from corrsteer_pl.evaluation.tables import percent
+from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Cell
+from corrsteer_pl.results.plan import Plan
+from corrsteer_pl.results.tables import NOTE, table
+
+# From this reward on, or up to one minus it, a task leaves no room to judge by.
+FULL = 0.99
+
+
+def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[str, Any] | None) -> str:
+    """The page of results."""
+    rule = plan.rules[0]
+    lines = [f"# Results on {plan.title}\n"]
+    missing, wanted = len(plan.cells()) - len(cells), len(plan.cells())
+    unfinished = f" {missing} of {wanted} pairs of task and seed are not measured yet." if missing else ""
+    lines.append(
+        f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, with "
+        f"at most {found['peak_mib']:.0f} MiB of memory, by "
+        f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.{unfinished} "
+        "Nothing was chosen on test prompts.\n"
+    )
+    said = {name: f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()}
+    lines += ["## What came out\n", *(line for name, line in said.items() if not plan.tasks[name].model)]
+    if tried := [line for name, line in said.items() if plan.tasks[name].model]:
+        lines += ["\n## What else was tried\n", *tried]
+    lines.append(f"\n![differences from the unsteered model](../results/{plan.name}/differences.svg)\n")
+    lines.append(table(found) + NOTE)
+    if any(task["refusing"] for task in found["tasks"].values()):
+        lines.append(_second_judge(found))
+    lines.append(_features(found, cells))
+    lines.append(_answers(cells))
+    if saes:
+        lines.append(_saes(saes))
+    lines.append(_times(found))
+    return "\n".join(lines)
+
+
+def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None) -> str:
+    """What the figures of a task say, in plain words, after what it asks."""
+    plain, m = task["systems"][UNSTEERED], task["systems"][rule]
+    name = f"**{name}** ({note})" if note else f"**{name}**"
+    if min(plain["reward"], m["reward"]) >= FULL or max(plain["reward"], m["reward"]) <= 1 - FULL:
+        return f"{name}: with and without steering {percent(plain['reward'])} %, so there is nothing to judge by."
+    if set(task["fit_rewards"]) <= {0.0, 1.0}:
+        return (
+            f"{name}: unsteered {percent(plain['reward'])} %; all answers to the fit prompts were equally right or "
+            "wrong, so there was nothing to correlate with."
+        )
+    if not any(m["vectors"]):
+        return (
+            f"{name}: unsteered {percent(plain['reward'])} %; no feature beat the unsteered model on validation, "
+            "so nothing was selected."
+        )
+    words = [f"{name}: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
+    words.append(_clear("the unsteered model", m["ci_low"], m["ci_high"]))
+    if RANDOM in task["systems"]:
+        other = task["systems"][RANDOM]
+        beaten = "above all" if m["reward"] > other["highest"] else "not above all"
+        words.append(f"{beaten} draws of random features (highest {percent(other['highest'])} %)")
+    if m["harmless"] is not None:
+        words.append(f"harmless requests {100 * m['harmless']:+.1f} points")
+    shuffled = task["systems"][SHUFFLED]["reward"]
+    words.append(f"{100 * (m['reward'] - shuffled):+.1f} points against shuffled rewards")
+    for way, found in task["against"].items():
+        difference, low, high = (mean(one[key] for one in found) for key in ("difference", "ci_low", "ci_high"))
+        words.append(f"{way} instead: {_clear('steering', low, high)} ({100 * difference:+.1f} points)")
+    return "; ".join(words) + "."
+
+
+def _clear(what: str, low: float, high: float) -> str:
+    if low <= 0 <= high:
+        return f"not told apart from {what}"
+    return f"clearly {'better' if low > 0 else 'worse'} than {what}"
+
+
+def _second_judge(found: dict[str, Any]) -> str:
+    text = (
+        "## Refusals judged twice\n\nBy the first words of the answer, and by the log-odds that its first token is "
+        "one that refusals begin with (above 0: refused).\n\n"
+        "| task | system | reward by words | by first token | the two agree | mean log-odds |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    for name, task in found["tasks"].items():
+        for system, m in task["refusing"].items():
+            by_words = percent(task["systems"][system]["reward"])
+            by_token, agree = percent(m["reward"]), percent(m["agreement"])
+            text += f"| {name} | {system} | {by_words} | {by_token} | {agree} | {m['log_odds']:+.2f} |\n"
+    judged = [(name, system, m) for name, task in found["tasks"].items() for system, m in task["refusing"].items()]
+    name, system, m = min(judged, key=lambda one: one[2]["agreement"])
+    by_words = found["tasks"][name]["systems"][system]["reward"]
+    return text + (
+        f"\nThey disagree most on {name} under {system}: on {percent(1 - m['agreement'])} % of the answers. There the "
+        f"words find {percent(by_words)} % right, the first token {percent(m['reward'])} %.\n"
+    )
+
+
+def _features(found: dict[str, Any], cells: Sequence[Cell]) -> str:
+    text = "## What the selected features do\n\nOf each task's first seed.\n"
+    for name in found["tasks"]:
+        cell = next(cell for cell in cells if cell.task == name)
+        text += f"\n### {name}\n\n" + ("" if cell.features else "Nothing was selected.\n")
+        for f in cell.features:
+            tokens = ", ".join(f"`{_code(token)}`" for token in f["likelier"])
+            text += (
+                f"- layer {f['layer']}, feature {f['index']} (r {f['correlation']:+.2f}, coefficient "
+                f"{f['coefficient']:+.2f}) makes likelier {tokens}; most active at "
+                + "; ".join(f"“{_quoted(seen['text'])}”" for seen in f["snippets"])
+                + "\n"
+            )
+    return text
+
+
+def _answers(cells: Sequence[Cell]) -> str:
+    text = "## Answers that changed\n"
+    for cell in {cell.task: cell for cell in reversed(cells)}.values():
+        for way, some in cell.changed.items():
+            for one in some:
+                text += (
+                    f"\n- {cell.task}, {way}: “{_quoted(one['prompt'])}” — unsteered “{_quoted(one['unsteered'])}”, "
+                    f"steered “{_quoted(one['steered'])}”"
+                )
+    return text + "\n"
+
+
+def _saes(saes: dict[str, Any]) -> str:
+    o = saes["options"]
+    text = (
+        f"## The SAEs\n\nTopK, {o['d_sae']} features of which {o['k']} are active, {saes['tokens']:,} tokens of "
+        f"{saes['texts']} texts and {saes['prompts']} prompts with the model's own answers, {saes['seconds'] / 60:.0f} "
+        f"minutes, seed {o['seed']}. What tasks gave are prompts of their fit splits at seed 0, without rewards. "
+        f"On held-out texts, where the model's loss is {saes['loss']:.3f} nats:\n\n"
+        "| layer | variance explained | L0 | dead | loss | loss recovered |\n|---|---|---|---|---|---|\n"
+    )
+    for layer, q in saes["layers"].items():
+        figures = (
+            percent(q["explained"]),
+            f"{q['l0']:.0f}",
+            percent(q["dead"]),
+            f"{q['loss']:.3f}",
+            percent(q["recovered"]),
+        )
+        text += f"| {layer} | {' | '.join(figures)} |\n"
+    return text
+
+
+def _times(found: dict[str, Any]) -> str:
+    text = "## How long it took\n\n| task | " + " | ".join(
+        parts := list(next(iter(found["tasks"].values()))["seconds"])
+    )
+    text += " |\n|" + "---|" * (len(parts) + 1) + "\n"
+    for name, task in found["tasks"].items():
+        text += f"| {name} | " + " | ".join(f"{task['seconds'][part]:.0f} s" for part in parts) + " |\n"
+    return text
+
+
+def _code(token: str) -> str:
+    return token.replace("`", "'").replace("\n", "\\n").replace("|", "\\|")
+
+
+def _quoted(text: str, most: int = 160) -> str:
+    line = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return line if len(line) <= most else f"{line[:most]}…"

@@ -1,0 +1,93 @@
+"""Cells brought together: every figure by task and system, over the seeds that are there."""
+
+from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from corrsteer_pl.results.cells import RANDOM, UNSTEERED, Cell
+from corrsteer_pl.results.picture import Point
+from corrsteer_pl.results.plan import Plan
+
+
+def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
+    """All figures by task and system, over the seeds that are there, with the machine and the commit."""
+    tasks = {}
+    for name in plan.tasks:
+        if some := [cell for cell in cells if cell.task == name]:
+            tasks[name] = {
+                "seeds": [cell.seed for cell in some],
+                "counts": some[0].counts,
+                "systems": {system: _over_seeds(some, system) for system in _systems(some)},
+                "fit_rewards": [cell.fit_reward for cell in some],
+                "refusing": {
+                    key: _means([cell.refusing[key] for cell in some if key in cell.refusing])
+                    for key in _keys(cell.refusing for cell in some)
+                },
+                "against": {key: [cell.against[key] for cell in some] for key in some[0].against},
+                "seconds": {part: sum(cell.seconds.get(part, 0.0) for cell in some) for part in some[0].seconds},
+            }
+    return {
+        "title": plan.title,
+        "commit": _all(cell.commit for cell in cells),
+        "machine": _all(cell.machine for cell in cells),
+        "dtype": plan.dtype,
+        "peak_mib": max((cell.peak for cell in cells), default=0.0),
+        "tasks": tasks,
+    }
+
+
+def _all(values: Iterable[str]) -> str:
+    """What was said, each once."""
+    return "; ".join(sorted(set(values)))
+
+
+def _systems(cells: Sequence[Cell]) -> list[str]:
+    names = _keys(cell.systems for cell in cells)
+    return [*names, RANDOM] if any(cell.random for cell in cells) else names
+
+
+def _keys(some: Iterable[dict[str, Any]]) -> list[str]:
+    """The keys of several, in order; a seed without a selection lacks what the others have of theirs."""
+    return list(dict.fromkeys(key for one in some for key in one))
+
+
+def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
+    """Means over the seeds that have the system; of random features over all draws of all seeds, with their range."""
+    having = [cell for cell in cells if system == RANDOM or system in cell.systems]
+    found = [m for cell in having for m in (cell.random if system == RANDOM else [cell.systems[system]])]
+    rewards = [m["reward_steered"] for m in found]
+    ratios = [m["side_effect_ratio"] for m in found if m["side_effect_ratio"] is not None]
+    damage = [cell.damage[system] for cell in cells if system in cell.damage]
+    harmless = [d["harmless"]["difference"] for d in damage if d["harmless"]]
+    losses = [
+        cell.damage[system]["text_loss"] - cell.damage[UNSTEERED]["text_loss"]
+        for cell in cells
+        if system in cell.damage and cell.damage[UNSTEERED]["text_loss"] is not None
+    ]
+    return {
+        "n": found[0]["n"],
+        "reward": mean(rewards),
+        "deviation": stdev(rewards) if len(rewards) > 1 else None,
+        "lowest": min(rewards),
+        "highest": max(rewards),
+        "difference": mean(m["difference"] for m in found),
+        "ci_low": mean(m["ci_low"] for m in found),
+        "ci_high": mean(m["ci_high"] for m in found),
+        "p_values": [m["p_value"] for m in found],
+        "side_effect_ratio": mean(ratios) if ratios else None,
+        "vectors": [m.get("vectors") for m in found] if system != RANDOM else None,
+        "harmless": mean(harmless) if harmless else None,
+        "text_loss": mean(losses) if losses else None,
+    }
+
+
+def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: mean(one[key] for one in found) for key in found[0]}
+
+
+def points(found: dict[str, Any]) -> Iterable[Point]:
+    """What the picture shows: every system of every task as a difference from the unsteered model."""
+    for name, task in found["tasks"].items():
+        for system, m in task["systems"].items():
+            if system != UNSTEERED:
+                yield Point(name, system, 100 * m["difference"], 100 * m["ci_low"], 100 * m["ci_high"])
