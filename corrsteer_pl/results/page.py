@@ -59,10 +59,15 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
         )
     words = [f"{name}: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
     words.append(_clear("the unsteered model", m["ci_low"], m["ci_high"]))
-    if RANDOM in task["systems"]:
-        other = task["systems"][RANDOM]
-        beaten = "above all" if m["reward"] > other["highest"] else "not above all"
-        words.append(f"{beaten} draws of random features (highest {percent(other['highest'])} %)")
+    selected, seeds = sum(map(bool, m["vectors"])), len(m["vectors"])
+    if selected < seeds:
+        words.append(f"{selected} of {seeds} seeds selected anything")
+    if above := task["above_random"]:
+        times = "" if len(above) == 1 else f" in {sum(above)} of {len(above)} seeds"
+        beaten = "above all" if any(above) else "not above all"
+        words.append(
+            f"{beaten} draws of random features{times} (highest {percent(task['systems'][RANDOM]['highest'])} %)"
+        )
     if m["harmless"] is not None:
         words.append(f"harmless requests {100 * m['harmless']:+.1f} points")
     shuffled = task["systems"][SHUFFLED]["reward"]
@@ -131,9 +136,11 @@ def _answers(cells: Sequence[Cell]) -> str:
 def _saes(saes: dict[str, Any]) -> str:
     o = saes["options"]
     text = (
-        f"## The SAEs\n\nTopK, {o['d_sae']} features of which {o['k']} are active, {saes['tokens']:,} tokens of "
-        f"{saes['texts']} texts and {saes['prompts']} prompts with the model's own answers, {saes['seconds'] / 60:.0f} "
-        f"minutes, seed {o['seed']}. What tasks gave are prompts of their fit splits at seed 0, without rewards. "
+        f"## The SAEs\n\nTopK, {o['d_sae']} features of which {o['k']} are active, trained on "
+        f"{saes['tokens'] // o['reuse']:,} tokens, each {o['reuse']} times, of {saes['texts']} texts and "
+        f"{saes['prompts']} prompts with the model's own answers, in {saes['seconds'] / 60:.0f} minutes, seed "
+        f"{o['seed']}, {o['dtype']}. What tasks gave are prompts of their fit splits at seed 0, without rewards; where "
+        "splits are drawn, other seeds test on some of them, and their test splits overlap. "
         f"On held-out texts, where the model's loss is {saes['loss']:.3f} nats:\n\n"
         "| layer | variance explained | L0 | dead | loss | loss recovered |\n|---|---|---|---|---|---|\n"
     )
@@ -151,11 +158,11 @@ def _saes(saes: dict[str, Any]) -> str:
 
 def _times(found: dict[str, Any]) -> str:
     text = "## How long it took\n\n| task | " + " | ".join(
-        parts := list(next(iter(found["tasks"].values()))["seconds"])
+        parts := list(dict.fromkeys(part for task in found["tasks"].values() for part in task["seconds"]))
     )
     text += " |\n|" + "---|" * (len(parts) + 1) + "\n"
     for name, task in found["tasks"].items():
-        text += f"| {name} | " + " | ".join(f"{task['seconds'][part]:.0f} s" for part in parts) + " |\n"
+        text += f"| {name} | " + " | ".join(f"{task['seconds'].get(part, 0):.0f} s" for part in parts) + " |\n"
     return text
 
 

@@ -24,7 +24,11 @@ def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
                     for key in _keys(cell.refusing for cell in some)
                 },
                 "against": {key: [cell.against[key] for cell in some] for key in some[0].against},
-                "seconds": {part: sum(cell.seconds.get(part, 0.0) for cell in some) for part in some[0].seconds},
+                "above_random": [_above_random(cell, plan.rules[0]) for cell in some if cell.random],
+                "seconds": {
+                    part: sum(cell.seconds.get(part, 0.0) for cell in some)
+                    for part in _keys(cell.seconds for cell in some)
+                },
             }
     return {
         "title": plan.title,
@@ -52,18 +56,14 @@ def _keys(some: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
-    """Means over the seeds that have the system; of random features over all draws of all seeds, with their range."""
-    having = [cell for cell in cells if system == RANDOM or system in cell.systems]
-    found = [m for cell in having for m in (cell.random if system == RANDOM else [cell.systems[system]])]
+    """Means over all seeds, of random features over all draws, with their range.
+
+    A seed that selected nothing lacks what is made of a selection: there the model stays as it is.
+    """
+    found = [m for cell in cells for m in _measured(cell, system)]
     rewards = [m["reward_steered"] for m in found]
     ratios = [m["side_effect_ratio"] for m in found if m["side_effect_ratio"] is not None]
-    damage = [cell.damage[system] for cell in cells if system in cell.damage]
-    harmless = [d["harmless"]["difference"] for d in damage if d["harmless"]]
-    losses = [
-        cell.damage[system]["text_loss"] - cell.damage[UNSTEERED]["text_loss"]
-        for cell in cells
-        if system in cell.damage and cell.damage[UNSTEERED]["text_loss"] is not None
-    ]
+    harmless, losses = _damage(cells, system)
     return {
         "n": found[0]["n"],
         "reward": mean(rewards),
@@ -79,6 +79,25 @@ def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
         "harmless": mean(harmless) if harmless else None,
         "text_loss": mean(losses) if losses else None,
     }
+
+
+def _measured(cell: Cell, system: str) -> list[dict[str, Any]]:
+    unsteered = cell.systems[UNSTEERED]
+    return cell.random or [unsteered] if system == RANDOM else [cell.systems.get(system, unsteered)]
+
+
+def _above_random(cell: Cell, rule: str) -> bool:
+    return cell.systems[rule]["reward_steered"] > max(m["reward_steered"] for m in cell.random)
+
+
+def _damage(cells: Sequence[Cell], system: str) -> tuple[list[float], list[float]]:
+    """Change of the reward on harmless requests, and of the loss on plain text, of every seed, if it was measured."""
+    if system == UNSTEERED or not any(system in cell.damage for cell in cells):
+        return [], []
+    some = [(cell.damage.get(system), cell.damage.get(UNSTEERED, {}).get("text_loss")) for cell in cells]
+    harmless = [d["harmless"]["difference"] if d else 0.0 for d, _ in some if not d or d["harmless"]]
+    losses = [d["text_loss"] - plain if d else 0.0 for d, plain in some if plain is not None]
+    return harmless if any(d and d["harmless"] for d, _ in some) else [], losses
 
 
 def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from corrsteer_pl.results import __main__ as results
 from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
 from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import likelier_tokens, snippets
-from corrsteer_pl.results.page import verdict
+from corrsteer_pl.results.page import page, verdict
 from corrsteer_pl.results.picture import Point, draw
 from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
 from corrsteer_pl.results.refusing import first_tokens, refusal_log_odds
@@ -235,6 +235,7 @@ def test_the_verdict_follows_the_figures():
     }
     task = {
         "fit_rewards": [0.4],
+        "above_random": [False],
         "systems": systems,
         "against": {"system prompt": [{"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}]},
     }
@@ -330,14 +331,32 @@ def test_seeds_with_and_without_a_selection_are_brought_together():
     one = {**paired_metrics(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])), "vectors": 1}
     none = {**paired_metrics(*[torch.tensor([0.0, 1.0, 1.0])] * 2), "vectors": 0}
     judged = {"reward": 0.5, "agreement": 1.0, "log_odds": 0.0}
-    empty = Cell("t", 0, systems={UNSTEERED: none, "foreach": none}, refusing={UNSTEERED: judged})
-    whole = Cell("t", 1, systems={UNSTEERED: none, "foreach": one, TRIED: one}, random=[none], refusing={TRIED: judged})
+    empty = Cell("t", 0, fit_reward=0.5, systems={UNSTEERED: none, "foreach": none, SHUFFLED: none})
+    empty.refusing = {UNSTEERED: judged}
+    damage = {
+        UNSTEERED: {"harmless": None, "text_loss": 3.0},
+        "foreach": {"harmless": {"difference": -0.2}, "text_loss": 3.5},
+    }
+    empty.damage = {UNSTEERED: damage[UNSTEERED]}
+    empty.seconds, whole_seconds = {"fit": 1.0}, {"fit": 2.0, "strength": 3.0}
+    whole = Cell(
+        "t", 1, fit_reward=0.5, systems={UNSTEERED: none, "foreach": one, TRIED: one, SHUFFLED: none}, random=[none],
+        refusing={TRIED: judged}, damage=damage, seconds=whole_seconds,
+    )  # fmt: skip
     for cells in ([empty, whole], [whole, empty]):
         systems = summary(plan, cells)["tasks"]["t"]["systems"]
-        assert set(systems) == {UNSTEERED, "foreach", TRIED, RANDOM}
+        assert set(systems) == {UNSTEERED, "foreach", TRIED, SHUFFLED, RANDOM}
         assert systems["foreach"]["reward"] == pytest.approx((1 + 2 / 3) / 2)
-        assert systems[TRIED]["reward"] == pytest.approx(1)
+        assert systems[TRIED]["reward"] == systems["foreach"]["reward"], "where nothing was selected nothing changes"
+        assert systems[RANDOM]["reward"] == pytest.approx(2 / 3)
+        assert (systems["foreach"]["harmless"], systems["foreach"]["text_loss"]) == pytest.approx((-0.1, 0.25))
+        assert systems[UNSTEERED]["harmless"] is None
+        assert sorted(systems["foreach"]["vectors"]) == [0, 1]
         assert summary(plan, cells)["tasks"]["t"]["refusing"].keys() == {UNSTEERED, TRIED}
+        assert summary(plan, cells)["tasks"]["t"]["seconds"] == {"fit": 3.0, "strength": 3.0}
+        assert summary(plan, cells)["tasks"]["t"]["above_random"] == [True]
+        said = page(plan, summary(plan, cells), cells, None)
+        assert "1 of 2 seeds selected anything; above all draws of random features" in said
 
 
 def test_a_task_of_which_nothing_is_solved_is_measured_all_the_same(tmp_path, monkeypatch):
