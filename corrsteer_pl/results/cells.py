@@ -125,7 +125,7 @@ class Bench:
             texts, rewards = answers_under(module, data, [*named.values(), *drawn])
         _compare(cell, data, named, texts, rewards)
         with _timed(cell, "prompting"):
-            self._prompt(cell, module, task, rewards)
+            self._prompt(cell, module, data, rewards)
         with _timed(cell, "second judge"):
             self._judge_again(cell, module, data, {UNSTEERED: {}, **variants}, texts)
         with _timed(cell, "damage"):
@@ -157,7 +157,7 @@ class Bench:
     def _shuffled(self, fitted: RecordedFit, task: TaskPlan, seed: int) -> Vectors:
         module = ShuffledRewards.after(fitted, seed)
         self._fit(module, task, seed)
-        return module.steering_vectors()
+        return module.vectors_of(_selected(module.selection, self.plan.rules[0]))
 
     @torch.no_grad()
     def _best_scale(self, module: CorrSteer, data: TaskDataModule, vectors: Vectors) -> float:
@@ -175,17 +175,23 @@ class Bench:
         data.setup("test")
         return data
 
-    def _prompt(self, cell: Cell, module: CorrSteer, task: TaskPlan, rewards: Tensor) -> None:
+    def _prompt(self, cell: Cell, module: CorrSteer, data: TaskDataModule, rewards: Tensor) -> None:
         """Answer the same prompts with a system message, or with solved examples, instead of steering."""
+        task = self.plan.tasks[cell.task]
         ways: dict[str, dict[str, Any]] = {}
         if task.system_prompt is not None:
             ways[SYSTEM] = {"system_prompt": task.system_prompt}
         if task.shots:
             ways[f"{task.shots} {SHOTS}"] = {"shots": task.shots}
         for name, options in ways.items():
-            _, (prompted,) = answers_under(module, self._test_data(module, task, seed=cell.seed, **options), [{}])
-            cell.systems[name] = {**paired_metrics(rewards[0], prompted), "vectors": 0}
-            cell.against[name] = paired_metrics(rewards[1], prompted)
+            other = self._test_data(module, task, seed=cell.seed, **options)
+            _, (prompted,) = answers_under(module, other, [{}])
+            # Longer prompts may exceed the model's context and be missing.
+            places = {example.id: place for place, example in enumerate(other.examples["test"])}
+            both = [(i, places[e.id]) for i, e in enumerate(data.examples["test"]) if e.id in places]
+            plain, asked = (list(rows) for rows in zip(*both, strict=True))
+            cell.systems[name] = {**paired_metrics(rewards[0, plain], prompted[asked]), "vectors": 0}
+            cell.against[name] = paired_metrics(rewards[1, plain], prompted[asked])
 
     def _judge_again(
         self,
@@ -199,12 +205,12 @@ class Bench:
         scorer = data.task.scorer
         if not (self.plan.tasks[cell.task].refusing and isinstance(scorer, RefusalReward)):
             return
-        batches = list(data.test_dataloader())
+        batches = [batch.to(self.llm.device) for batch in data.test_dataloader()]
         rows = [row for batch in batches for row in batch.rows]
         wanted = torch.tensor([data.examples["test"][row].gold == "refuse" for row in rows])
-        weight = torch.cat([batch.weight for batch in batches]).bool()
+        weight = torch.cat([batch.weight.cpu() for batch in batches]).bool()
         decoder = module.answering_for(data.task, "evaluation").decoder
-        found = refusal_log_odds(decoder, batches, SteeringVectors.stack(list(named.values())))
+        found = refusal_log_odds(decoder, batches, SteeringVectors.stack(list(named.values()), module.schedule))
         for name, answers, odds in zip(named, texts, found, strict=False):
             by_text = torch.tensor(scorer.refused([answers[row] for row in rows]))
             by_token = odds > 0

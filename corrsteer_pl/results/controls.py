@@ -25,14 +25,16 @@ class RecordedFit(CorrSteer):
     """
 
     def begin(self) -> None:
-        """Make room for them."""
+        """Forget what an earlier fit has seen."""
         super().begin()
-        self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
         self.seen: dict[tuple[int, ...], dict[tuple[int, str], Tensor]] = {}
 
     def accumulate(self, batch: Batch, reader: PoolReader, rewards: Tensor) -> None:
         """Keep a batch, too."""
         super().accumulate(batch, reader, rewards)
+        if not self.seen:
+            # Only now it is known how many prompts the model's context takes.
+            self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
         self.recorded[batch.rows] = rewards
         pools = {(layer, kind): pool for layer, some in reader.pools.items() for kind, pool in some.items()}
         self.seen[tuple(batch.rows)] = {key: pool.value.to_sparse() for key, pool in pools.items()}
@@ -72,7 +74,11 @@ def random_vectors(module: CorrSteer, features: Sequence[Feature], seed: int) ->
     vectors: dict[Site, Tensor] = {}
     for f in features:
         site, sae = Site.parse(f.site), module.saes[f.layer]
-        vector = f.coefficient * sae.direction(int(torch.randint(sae.d_sae, (), generator=generator)))
+        vector = (
+            module.hparams["scale"]
+            * f.coefficient
+            * sae.direction(int(torch.randint(sae.d_sae, (), generator=generator)))
+        )
         vectors[site] = vectors[site] + vector if site in vectors else vector
     return vectors
 
@@ -94,12 +100,14 @@ def answers_under(
     Returns:
         ``texts[variant][sample]``, and rewards ``(variants, samples)`` float64.
     """
+    # The loader leaves out prompts that exceed the model's context.
+    batches = data.test_dataloader() if split == "test" else data.val_dataloader()
     count, (different, places) = len(data.examples[split]), without_repetitions(variants)
     texts, rewards = [[""] * count for _ in different], torch.zeros(len(different), count, dtype=torch.float64)
     answering = module.answering_for(data.task, "evaluation")
     steering = SteeringVectors.stack(different, answering.schedule or module.schedule)
-    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
-        for variant, (some, judged) in enumerate(answering.compare(batch.to(module.device), steering)):
+    for batch in batches:
+        for variant, (some, judged) in enumerate(answering.compare(batch.to(module.llm.device), steering)):
             for i, row in enumerate(batch.rows):
                 texts[variant][row], rewards[variant, row] = some[i], judged[i]
     return [texts[place] for place in places], rewards[places]

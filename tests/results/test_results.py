@@ -372,3 +372,23 @@ def test_a_task_of_which_nothing_is_solved_is_measured_all_the_same(tmp_path, mo
         (UNSTEERED, "foreach", "global", "all", SHUFFLED), 0
     )
     assert cell.counts["test"] == 24
+
+
+@pytest.mark.parametrize(("shots", "most"), [(0, 1), (1, 0.5)])
+def test_prompts_beyond_the_context_are_counted_nowhere(fitted, shots, most, monkeypatch):
+    options = {"task": "demo_qa", "train_size": 64, "val_size": 16, "test_size": 24}
+    plan = Plan("x", "demo", "demo", {"qa": TaskPlan(options, shots=shots)}, rules=("global",), draws=1)
+    bench = Bench(plan)
+    data = plan.data(plan.tasks["qa"], shots=shots)
+    data.trainer = fitted.trainer
+    data.setup("test")
+    lengths = sorted(len(data.token_ids(example, data.task)) for example in data.examples["test"])
+    context = lengths[int(most * 23)] - 1 + data.task.max_new_tokens - 1
+    monkeypatch.setattr(bench.llm.config, "max_position_embeddings", context)
+    with pytest.warns(UserWarning, match="exceeds the context"):
+        cell = bench.measure("qa", 0)
+    fitting = sum(length <= context - data.task.max_new_tokens + 1 for length in lengths)
+    assert 0 < fitting < 24
+    assert cell.systems["global"]["n"] == cell.counts["test"] == (24 if shots else fitting)
+    if shots:
+        assert cell.systems["1 shots"]["n"] == cell.against["1 shots"]["n"] == fitting
