@@ -1,6 +1,7 @@
 """What is to be measured, as a YAML file says it."""
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +11,13 @@ import yaml
 
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.options import check_options
 from corrsteer_pl.rewards.judges import RefusalReward
+from corrsteer_pl.selection import RULES
+
+# Options of the method that all tasks of a plan share.
+FIXED = ("llm", "saes", "dtype", "llm_args", "rule", "sign")
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,20 @@ class Plan:
     page: str | None = None
     name: str = "results"
 
+    def __post_init__(self) -> None:
+        for name in ("rules", "seeds"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty. Name at least one, or leave it out.")
+        if unknown := [rule for rule in self.rules if rule not in RULES]:
+            raise UserError(f"rules has {unknown[0]!r}, which is none of {choices(RULES)}.")
+        limits: list[tuple[str, int, Sequence[float]]] = [
+            ("draws", 0, [self.draws]), ("text_rows", 1, [self.text_rows]), ("scales", 0, self.scales),
+            ("seeds", 0, self.seeds),
+        ]  # fmt: skip
+        for name, least, values in limits:
+            if low := [value for value in values if value < least]:
+                raise UserError(f"{name} is or has {low[0]}; it takes numbers from {least} on.")
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a plan.
@@ -111,7 +132,7 @@ class Plan:
             raise UserError(
                 f"{path} cannot be read as YAML ({one_line(error)}). Give a plan of results with --config."
             ) from None
-        given = _checked(cls, said, str(path))
+        given = _checked(cls, said, str(path), {"tasks", "train", "harmless", "rows", "rules", "seeds", "scales"})
         tasks = given.pop("tasks")
         if not isinstance(tasks, dict) or not tasks:
             raise UserError(f"{path} names no tasks. Give it at least one.")
@@ -121,9 +142,9 @@ class Plan:
                 given[name] = _made(kind, given[name], f"{name} in {path}")
         for name in ("rules", "seeds", "scales"):
             if name in given:
-                given[name] = tuple(given[name])
+                given[name] = _list(name, given[name], float if name == "scales" else str if name == "rules" else int)
         if given.get("rows") is not None:
-            given["rows"] = Path(given["rows"])
+            given["rows"] = Path(str(given["rows"]))
             if not given["rows"].is_dir():
                 raise UserError(
                     f"the rows in {path} are {given['rows']}, which is no folder. Name one, or null for the Hub."
@@ -132,7 +153,7 @@ class Plan:
 
     def cells(self) -> list[tuple[str, int]]:
         """Task and seed of every cell, seed by seed."""
-        seeds = {name: task.seeds or self.seeds for name, task in self.tasks.items()}
+        seeds = {name: self.seeds if task.seeds is None else task.seeds for name, task in self.tasks.items()}
         return [(name, seed) for seed in sorted(set().union(*seeds.values())) for name in seeds if seed in seeds[name]]
 
     def settings(self, name: str) -> str:
@@ -144,12 +165,20 @@ class Plan:
         return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     def check(self) -> None:
-        """Make every task once, before hours are spent.
+        """Make every task and method once, before hours are spent.
 
         Raises:
-            UserError: A task cannot be made, or is to be judged as a refusal and has another reward.
+            UserError: One cannot be made, or a task is to be judged as a refusal and has another reward.
         """
+        if self.harmless is not None:
+            self.data(self.harmless)
         for name, task in self.tasks.items():
+            if fixed := [option for option in task.model if option in FIXED]:
+                raise UserError(
+                    f"the task {name} has an option of its own for {fixed[0]}, which all tasks share. Leave it out."
+                )
+            check_options(CorrSteer, task.model, f"tasks.{name}.model")
+            CorrSteer(self.llm, self.saes, **task.model)
             scorer = self.data(task).task.scorer
             if task.refusing and not isinstance(scorer, RefusalReward):
                 raise UserError(f"the task {name} is refusing, but its reward is none of refusals. Leave refusing out.")
@@ -157,6 +186,7 @@ class Plan:
     def data(self, task: TaskPlan, **changed: Any) -> TaskDataModule:
         """The data module of a task, with some options changed."""
         options = {**task.data, **changed}
+        check_options(TaskDataModule, options, "data")
         if "path" in options:
             if self.rows is not None:
                 options["path"] = str(self.rows / options["path"])
@@ -179,9 +209,20 @@ def _made(cls: type, said: Any, where: str) -> Any:
     return cls(**_checked(cls, said, where))
 
 
-def _checked(cls: Any, said: Any, where: str) -> dict[str, Any]:
-    """What is said, if it names fields of a dataclass, and all that are needed."""
-    known = {f.name: f for f in fields(cls)}
+def _list(name: str, said: Any, kind: type) -> tuple:
+    """A list of one kind, as a tuple."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(said, list) or not all(isinstance(one, kinds) and not isinstance(one, bool) for one in said):
+        raise UserError(f"{name} is {said!r}; it takes a list of {'words' if kind is str else 'numbers'}.")
+    return tuple(said)
+
+
+def _checked(cls: Any, said: Any, where: str, later: Collection[str] = ()) -> dict[str, Any]:
+    """What is said, if it names fields of a dataclass, and all that are needed, with values of their types.
+
+    Fields that are ``later`` made of what is said are not looked into.
+    """
+    known = {f.name: f for f in fields(cls) if f.name != "name"}
     if not isinstance(said, dict):
         raise UserError(f"{where} holds no settings. Give some of {choices(known)}.")
     if unknown := [name for name in said if name not in known]:
@@ -189,4 +230,5 @@ def _checked(cls: Any, said: Any, where: str) -> dict[str, Any]:
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in said]:
         raise UserError(f"{where} lacks {missing[0]!r}. Add it.")
+    check_options(cls, {name: value for name, value in said.items() if name not in later}, where)
     return dict(said)

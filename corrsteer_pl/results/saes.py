@@ -1,12 +1,13 @@
 """The SAEs of a plan, trained once."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from corrsteer_pl.commands.train_saes import RECORD, train_saes_on
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.files import read_rows, write_jsonl
+from corrsteer_pl.files import read_rows, write_json, write_jsonl
 from corrsteer_pl.results.plan import Plan, SaePlan
 
 
@@ -21,25 +22,34 @@ def make_saes(plan: Plan) -> dict[str, Any] | None:
     """
     if plan.train is None:
         return None
-    folder = Path(plan.saes)
-    wanted = {"answer_tokens": plan.train.answer_tokens, "dtype": plan.dtype, **plan.train.recipe}
-    if not (folder / RECORD).exists():
-        _train(plan, plan.train, folder, wanted)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    path = Path(plan.saes) / RECORD
+    wanted = {"model": Path(plan.llm).name, "dtype": plan.dtype, **asdict(plan.train)}
+    if not path.exists():
+        _train(plan, plan.train, path.parent)
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "plan": wanted})
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        trained = record["plan"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is no record of SAEs that a plan trained ({type(error).__name__}). Remove the folder to train "
+            "them, or leave train out of the plan to take them as they are."
+        ) from None
     for name, value in wanted.items():
-        if (found := record["options"].get(name)) != value:
+        if (found := trained.get(name)) != value:
             raise UserError(
-                f"the SAEs in {folder} were trained with {name} {found}, and the plan says {value}. Remove them, or "
-                "name another folder."
+                f"the SAEs in {path.parent} were trained with {name} {found}, and the plan says {value}. Remove them, "
+                "or name another folder."
             )
     return record
 
 
-def _train(plan: Plan, train: SaePlan, folder: Path, options: dict[str, Any]) -> None:
+def _train(plan: Plan, train: SaePlan, folder: Path) -> None:
     texts, prompts = folder / "texts.jsonl", folder / "prompts.jsonl"
     write_jsonl(texts, ({"text": row["text"]} for row in _rows(plan, train.texts)))
     asked = [row["prompt"] for row in _rows(plan, train.prompts)] + _fit_prompts(plan, train.tasks)
     write_jsonl(prompts, ({"prompt": prompt} for prompt in dict.fromkeys(asked)))
+    options = {"answer_tokens": train.answer_tokens, "dtype": plan.dtype, **train.recipe}
     train_saes_on(plan.llm, folder, texts, prompts, **options)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from corrsteer_pl.commands.train_saes import RECORD
 from corrsteer_pl.data import TaskDataModule
+from corrsteer_pl.demo.corpus import World
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.files import write_jsonl
@@ -146,6 +147,10 @@ def test_variants_that_are_alike_are_answered_once(fitted, monkeypatch):
     assert stacked == [3]
 
 
+# YAML takes the last of two values of one name.
+SMALL = "title: x\nllm: demo\nsaes: demo\ntasks: {a: {data: {task: demo_qa}}}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -156,6 +161,18 @@ def test_variants_that_are_alike_are_answered_once(fitted, monkeypatch):
         ("title: x\nllm: demo\nsaes: demo\nrows: nowhere\ntasks: {a: {data: {}}}", "nowhere, which is no folder"),
         ("title: x\nllm: demo\nsaes: demo\ntasks: {a: {date: {}}}", "the task a in .* has 'date'"),
         ("a: [", "cannot be read as YAML"),
+        (f"{SMALL}seeds: 3", "seeds is 3; it takes a list of numbers"),
+        (f"{SMALL}scales: 0.5", "scales is 0.5; it takes a list of numbers"),
+        (f"{SMALL}scales: [-1]", "scales is or has -1; it takes numbers from 0 on"),
+        (f"{SMALL}rules: foreach", "rules is 'foreach'; it takes a list of words"),
+        (f"{SMALL}rules: [best]", "rules has 'best', which is none of"),
+        (f"{SMALL}rules: []", "rules is empty"),
+        (f"{SMALL}draws: ten", "draws is 'ten'; it takes int"),
+        (f"{SMALL}text_rows: 0", "text_rows is or has 0; it takes numbers from 1 on"),
+        (f"{SMALL}name: x", "has 'name', which is none of"),
+        (f"{SMALL}llm: 2020-01-01", "llm is datetime.date.2020, 1, 1.; it takes str"),
+        (f"{SMALL}train: {{recipe: [1]}}", "recipe is .1.; it takes options by name"),
+        (f"{SMALL}tasks: {{a: {{data: {{task: demo_qa}}, shots: four}}}}", "shots is 'four'; it takes int"),
     ],
 )
 def test_a_broken_plan_is_one_sentence(tmp_path, text, sentence, capsys):
@@ -298,13 +315,38 @@ def test_a_reward_of_another_kind_cannot_be_judged_as_refusals(tmp_path):
 
 
 def test_saes_that_were_trained_otherwise_are_not_taken(tmp_path):
-    options = {"steps": 3, "k": 4, "dtype": "float32", "answer_tokens": 48}
-    (tmp_path / RECORD).write_text(json.dumps({"options": options}), encoding="utf-8")
-    plan = Plan("x", "demo", str(tmp_path), {}, train=SaePlan({"steps": 3, "k": 4}))
-    assert make_saes(plan) == {"options": options}
-    with pytest.raises(UserError, match="were trained with k 4, and the plan says 5"):
-        make_saes(replace(plan, train=SaePlan({"steps": 3, "k": 5})))
-    assert [file.name for file in tmp_path.iterdir()] == [RECORD]
+    texts = tmp_path / "texts.jsonl"
+    write_jsonl(texts, [{"text": prompt + answer} for prompt, answer in World(0).training_texts(60, 5)])
+    train = SaePlan({"steps": 2, "k": 4, "d_sae": 16, "batch_tokens": 64, "layers": [1]}, texts={texts.name: 60})
+    plan = Plan("x", "demo", str(tmp_path / "saes"), {}, train=train, rows=tmp_path)
+    record = make_saes(plan)
+    assert record == make_saes(plan)
+    assert record["options"]["steps"] == record["plan"]["recipe"]["steps"] == 2
+    for changed, said in (
+        ({"train": replace(train, recipe={"steps": 3})}, "were trained with recipe .*, and the plan says .*'steps': 3"),
+        ({"train": replace(train, texts={})}, "were trained with texts .*60"),
+        ({"llm": "other.gguf"}, "were trained with model demo, and the plan says other.gguf"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_saes(replace(plan, **changed))
+    (tmp_path / "saes" / RECORD).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="is no record of SAEs that a plan trained"):
+        make_saes(plan)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"model": {"dtype": "bfloat16"}}, "the task a has an option of its own for dtype, which all tasks share"),
+        ({"model": {"layer": [1]}}, r"tasks.a.model has no option 'layer'"),
+        ({"model": {"positions": "nowhere"}}, "positions is 'nowhere'"),
+        ({"data": {"task": "demo_qa", "tset_size": 3}}, "data has no option 'tset_size'"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_hours_are_spent(changed, sentence):
+    plan = Plan("x", "demo", "demo", {"a": TaskPlan(**{"data": {"task": "demo_qa"}, **changed})})
+    with pytest.raises(UserError, match=sentence):
+        plan.check()
 
 
 def test_what_is_on_record_of_saes_names_no_file(tmp_path):
