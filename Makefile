@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format bench table smollm2 results clean check-latest
+.PHONY: help demo test check lint quick format bench table smollm2 results clean check-latest
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,15 +24,20 @@ demo: $(READY)  ## fit and test both demo tasks, then the table with controls
 	$(BIN)/python -m corrsteer_pl test --ckpt_path checkpoints/demo_refusal/last.ckpt
 	$(BIN)/python -m corrsteer_pl.demo.results
 
-test: $(READY)  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# The quick tests are a target of their own, so that "make check test" runs them once.
+test: quick  ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or network or gpu"
 
-check: $(READY)  ## formatting, lint, types, doctests and the quick tests
+check: lint quick  ## formatting, lint, types, doctests, the quick tests and a quick run of the benchmarks
+	$(BIN)/python -m benchmarks --quick > /dev/null
+
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
-	$(BIN)/python -m benchmarks --quick > /dev/null
 
 check-latest:  ## the quick tests with the newest versions of all dependencies but torch
 	$(PYTHON) -m venv --clear .venv-latest
