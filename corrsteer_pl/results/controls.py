@@ -1,7 +1,6 @@
 """What a selection has to beat: features at random, and fits that cannot learn anything."""
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Self
 
 import torch
@@ -60,8 +59,7 @@ class ShuffledRewards(CorrSteer):
     @classmethod
     def after(cls, fitted: RecordedFit, seed: int) -> Self:
         """One for the same samples, with the model and the autoencoders of a fit, and its rewards permuted."""
-        options = {name: value for name, value in fitted.hparams.items() if name in signature(CorrSteer).parameters}
-        module = cls(**options)
+        module = cls(**fitted.hparams)
         module.llm, module.saes, module.seen = fitted.llm, fitted.saes, fitted.seen
         order = torch.randperm(len(fitted.recorded), generator=torch.Generator().manual_seed(seed))
         module.dealt = fitted.recorded[order]

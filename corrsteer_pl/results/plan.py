@@ -95,10 +95,10 @@ class Plan:
     dtype: str = "float32"
     rows: Path | None = None
     train: SaePlan | None = None
-    rules: tuple[str, ...] = ("foreach", "global", "all")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    rules: Sequence[str] = ("foreach", "global", "all")
+    seeds: Sequence[int] = (0, 1, 2)
     draws: int = 10
-    scales: tuple[float, ...] = ()
+    scales: Sequence[float] = ()
     text: str | None = None
     text_rows: int = 200
     harmless: TaskPlan | None = None
@@ -132,7 +132,7 @@ class Plan:
             raise UserError(
                 f"{path} cannot be read as YAML ({one_line(error)}). Give a plan of results with --config."
             ) from None
-        given = _checked(cls, said, str(path), {"tasks", "train", "harmless", "rows", "rules", "seeds", "scales"})
+        given = _checked(cls, said, str(path), {"tasks", "train", "harmless", "rows"})
         tasks = given.pop("tasks")
         if not isinstance(tasks, dict) or not tasks:
             raise UserError(f"{path} names no tasks. Give it at least one.")
@@ -142,7 +142,7 @@ class Plan:
                 given[name] = _made(kind, given[name], f"{name} in {path}")
         for name in ("rules", "seeds", "scales"):
             if name in given:
-                given[name] = _list(name, given[name], float if name == "scales" else str if name == "rules" else int)
+                given[name] = tuple(given[name])
         if given.get("rows") is not None:
             given["rows"] = Path(str(given["rows"]))
             if not given["rows"].is_dir():
@@ -207,14 +207,6 @@ class Plan:
 
 def _made(cls: type, said: Any, where: str) -> Any:
     return cls(**_checked(cls, said, where))
-
-
-def _list(name: str, said: Any, kind: type) -> tuple:
-    """A list of one kind, as a tuple."""
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(said, list) or not all(isinstance(one, kinds) and not isinstance(one, bool) for one in said):
-        raise UserError(f"{name} is {said!r}; it takes a list of {'words' if kind is str else 'numbers'}.")
-    return tuple(said)
 
 
 def _checked(cls: Any, said: Any, where: str, later: Collection[str] = ()) -> dict[str, Any]:

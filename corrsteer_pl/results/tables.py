@@ -31,8 +31,8 @@ def _line(name: str, system: str, task: dict[str, Any], m: dict[str, Any]) -> st
     p = "" if plain or system == RANDOM else ", ".join(f"{p:.1g}" for p in m["p_values"])
     ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
     vectors = ", ".join(str(v) for v in m["vectors"]) if m["vectors"] and any(m["vectors"]) else ""
-    harmless = "" if m["harmless"] is None or plain else f"{100 * m['harmless']:+.1f}"
-    loss = "" if m["text_loss"] is None or plain else f"{m['text_loss']:+.2f}"
+    harmless = "" if m["harmless"] is None else f"{100 * m['harmless']:+.1f}"
+    loss = "" if m["text_loss"] is None else f"{m['text_loss']:+.2f}"
     cells = (name, system, len(task["seeds"]), m["n"], reward, difference, p, ratio, vectors, harmless, loss)
     return f"| {' | '.join(map(str, cells))} |\n"
 
