@@ -26,7 +26,7 @@ demo: $(READY)  ## fit and test both demo tasks, then the table with controls
 
 # The quick tests are a target of their own, so that "make check test" runs them once.
 test: quick  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or network or gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: lint quick  ## formatting, lint, types, doctests, the quick tests and a quick run of the benchmarks
 	$(BIN)/python -m benchmarks --quick > /dev/null
@@ -37,13 +37,13 @@ lint: $(READY)
 	$(BIN)/mypy
 
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check-latest:  ## the quick tests with the newest versions of all dependencies but torch
 	$(PYTHON) -m venv --clear .venv-latest
 	.venv-latest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-latest/bin/pip install --quiet --upgrade --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not network and not gpu"
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 format: $(READY)  ## format and mend what ruff can
 	$(BIN)/ruff format .
