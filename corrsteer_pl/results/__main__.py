@@ -78,9 +78,11 @@ def write(plan: Plan, store: Store, out: Path, readme: Path | None) -> None:
     caption = f"{plan.title}: difference from {UNSTEERED}, percentage points, 95 %"
     write_json(out / "table.json", {**found, "saes": saes})
     write_utf8(out / "table.md", table(found))
-    write_utf8(out / "differences.svg", draw(points(found), caption))
+    picture = out / "differences.svg"
+    write_utf8(picture, draw(points(found), caption))
     if plan.page is not None:
-        write_utf8(Path(plan.page), page(plan, found, cells, saes))
+        seen = Path(os.path.relpath(picture, Path(plan.page).parent)).as_posix()
+        write_utf8(Path(plan.page), page(plan, found, cells, saes, seen))
     if readme is not None:
         write_between(readme, f"{plan.name} results", short_table(plan, found))
 

@@ -13,8 +13,8 @@ from corrsteer_pl.results.tables import NOTE, table
 FULL = 0.99
 
 
-def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[str, Any] | None) -> str:
-    """The page of results."""
+def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[str, Any] | None, picture: str) -> str:
+    """The page of results; ``picture`` is where its picture is, seen from the page."""
     rule = plan.rules[0]
     lines = [f"# Results on {plan.title}\n"]
     missing, wanted = len(plan.cells()) - len(cells), len(plan.cells())
@@ -29,7 +29,7 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
     lines += ["## What came out\n", *(line for name, line in said.items() if not plan.tasks[name].model)]
     if tried := [line for name, line in said.items() if plan.tasks[name].model]:
         lines += ["\n## What else was tried\n", *tried]
-    lines.append(f"\n![differences from the unsteered model](../results/{plan.name}/differences.svg)\n")
+    lines.append(f"\n![differences from the unsteered model]({picture})\n")
     lines.append(table(found) + NOTE)
     if any(task["refusing"] for task in found["tasks"].values()):
         lines.append(_second_judge(found))

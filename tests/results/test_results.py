@@ -358,13 +358,17 @@ def test_what_is_on_record_of_saes_names_no_file(tmp_path):
 
 
 def test_tables_are_made_of_finished_cells_without_the_model(tmp_path, monkeypatch):
-    plan = Plan("x", str(tmp_path / "absent"), str(tmp_path / "none"), {"t": TaskPlan({})}, train=SaePlan({}))
+    page = tmp_path / "docs/page.md"
+    plan = Plan(
+        "x", str(tmp_path / "absent"), str(tmp_path / "none"), {"t": TaskPlan({})}, train=SaePlan({}), page=str(page)
+    )
     m = {**paired_metrics(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])), "vectors": 1}
     store = Store(tmp_path / "cells")
     for seed in plan.seeds:
         store.keep(Cell("t", seed, plan.settings("t"), systems={UNSTEERED: m, "foreach": m, SHUFFLED: m}))
     results.run(plan, store, tmp_path / "out")
     assert json.loads((tmp_path / "out/table.json").read_text(encoding="utf-8"))["tasks"]["t"]["seeds"] == [0, 1, 2]
+    assert "](../out/differences.svg)" in page.read_text(encoding="utf-8")
     assert not (tmp_path / "none").exists()
 
 
@@ -397,7 +401,7 @@ def test_seeds_with_and_without_a_selection_are_brought_together():
         assert summary(plan, cells)["tasks"]["t"]["refusing"].keys() == {UNSTEERED, TRIED}
         assert summary(plan, cells)["tasks"]["t"]["seconds"] == {"fit": 3.0, "strength": 3.0}
         assert summary(plan, cells)["tasks"]["t"]["above_random"] == [True]
-        said = page(plan, summary(plan, cells), cells, None)
+        said = page(plan, summary(plan, cells), cells, None, "t.svg")
         assert "1 of 2 seeds selected anything; above all draws of random features" in said
 
 
