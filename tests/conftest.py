@@ -13,6 +13,7 @@ os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}", "HF_HOME": CACHE.n
 
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lightning.pytorch import Trainer
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
+from corrsteer_pl.cli.program import main
 from corrsteer_pl.models.llm import LanguageModel
 from tests import architectures
 
@@ -76,8 +78,14 @@ def random_saes(folder, layers, d_in=128, d_sae=24, seed=0):
     return folder
 
 
+def run_here(*args, cwd):
+    """Run the command line within this process, which saves the seconds that imports take; it has to succeed."""
+    with chdir(cwd):
+        assert main([str(arg) for arg in args]) == 0
+
+
 def cli(*args, cwd, timeout=300, check=True, env=None):
-    """Run the command line as a user does; with `check`, it has to succeed."""
+    """Run the command line as a user does, in a process of its own; with `check`, it has to succeed."""
     command = [sys.executable, "-m", "corrsteer_pl", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(

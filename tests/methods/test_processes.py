@@ -14,7 +14,7 @@ import torch
 from corrsteer_pl import demo
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.methods.provenance import read_checkpoint
-from tests.conftest import cli
+from tests.conftest import cli, run_here
 
 # 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
 DATA = ["--data.train_size=101", "--data.val_size=33", "--data.test_size=35", "--data.batch_size=1"]
@@ -26,8 +26,8 @@ TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=c
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    cli(*FIT, cwd=folder)
-    cli("test", "--ckpt_path", "checkpoints/demo/last.ckpt", cwd=folder)
+    run_here(*FIT, cwd=folder)
+    run_here("test", "--ckpt_path", "checkpoints/demo/last.ckpt", cwd=folder)
     return folder / "checkpoints/demo"
 
 
@@ -146,7 +146,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
     counted = interrupted(tmp_path, how, delay, *before)
     assert 0 < counted < 101
-    cli(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
+    (cli if after == TWO else run_here)(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
     # Activations are float32, and other batches round otherwise.
     rounding = {"rtol": 1e-5, "atol": 1e-4} if "--data.batch_size" in after else {}
     same_fit(reference, tmp_path / "checkpoints/demo", **rounding)
@@ -154,13 +154,13 @@ def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, befo
 
 @pytest.mark.slow
 def test_a_fit_killed_in_validation_selects_the_same(reference, tmp_path):
-    cli(*FIT, cwd=tmp_path)
+    run_here(*FIT, cwd=tmp_path)
     last = tmp_path / "checkpoints/demo/last.ckpt"
     # What is on disk when the last step has been saved and validation has not ended.
     checkpoint = torch.load(last, weights_only=True)
     checkpoint["corrsteer_pl"]["state"] |= {"selection": None, "directions": {}, "snapshots": []}
     torch.save(checkpoint, last)
-    cli(*FIT, "--ckpt_path", "last", cwd=tmp_path)
+    run_here(*FIT, "--ckpt_path", "last", cwd=tmp_path)
     same_fit(reference, tmp_path / "checkpoints/demo")
 
 

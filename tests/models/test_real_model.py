@@ -5,7 +5,7 @@ import json
 import pytest
 
 from corrsteer_pl.files import read_rows, write_jsonl
-from tests.conftest import SHARED, cli
+from tests.conftest import SHARED, run_here
 
 STORIES, TEXTS, MMLU = (SHARED / p for p in ("models/stories260K", "data/tinystories/train.jsonl", "data/mmlu"))
 QUIET = "--trainer.enable_progress_bar=false"
@@ -14,7 +14,7 @@ QUIET = "--trainer.enable_progress_bar=false"
 @pytest.mark.slow
 @pytest.mark.skipif(not (STORIES.exists() and TEXTS.exists()), reason="the TinyStories model or texts are absent")
 def test_stories_are_steered_towards_direct_speech(tmp_path):
-    cli(
+    run_here(
         "train_saes",
         "--llm",
         STORIES,
@@ -38,8 +38,8 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
         "trainer: {enable_progress_bar: false}\n",
         encoding="utf-8",
     )
-    cli("fit", "--config", "stories.yaml", cwd=tmp_path)
-    cli("test", "--ckpt_path", "checkpoints/stories/last.ckpt", cwd=tmp_path)
+    run_here("fit", "--config", "stories.yaml", cwd=tmp_path)
+    run_here("test", "--ckpt_path", "checkpoints/stories/last.ckpt", cwd=tmp_path)
     selection = json.loads((tmp_path / "checkpoints/stories/selection.json").read_text(encoding="utf-8"))
     assert selection["samples"] == 300
     assert 0 < selection["reward"] < 1
@@ -53,8 +53,8 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
 @pytest.mark.skipif(not MMLU.exists(), reason="the MMLU rows are absent")
 def test_real_mmlu_rows_run_through(tmp_path):
     sizes = ["--data.train_size=200", "--data.val_size=40", "--data.test_size=200"]
-    cli("fit", "--config", "mmlu_rows.yaml", f"--data.path={MMLU}", *sizes, QUIET, cwd=tmp_path)
-    cli("test", "--ckpt_path", "checkpoints/mmlu_rows/last.ckpt", QUIET, cwd=tmp_path)
+    run_here("fit", "--config", "mmlu_rows.yaml", f"--data.path={MMLU}", *sizes, QUIET, cwd=tmp_path)
+    run_here("test", "--ckpt_path", "checkpoints/mmlu_rows/last.ckpt", QUIET, cwd=tmp_path)
     metrics = json.loads((tmp_path / "checkpoints/mmlu_rows/test/choice/metrics.json").read_text(encoding="utf-8"))
     assert metrics["n"] == 200
     # Chance is a quarter; four standard deviations of 200 guesses are 12 points.
