@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corrsteer_pl.stats import TOLERANCE, changes, sign_test
+
 Z_95 = 1.959963984540054
-# Rewards lie in [0, 1], and are computed in float64 or, by classifiers, in float32 with steps of 6e-8: what differs by
-# less than this is the rounding of one and the same reward.
-TOLERANCE = 1e-6
 MCNEMAR, SIGNED_RANK = "McNemar's exact test", "Wilcoxon's signed-rank test"
 
 
@@ -41,20 +40,6 @@ def side_effect_ratio(worse: int, better: int) -> float | None:
     return worse / (worse + better) if worse + better else None
 
 
-def sign_test(worse: int, better: int) -> float:
-    """Two-sided exact p-value that gains and losses are equally likely.
-
-    For rewards of 0 and 1 this is McNemar's exact test. 1 when nothing changed.
-
-    Example:
-        >>> round(sign_test(worse=1, better=9), 6)
-        0.021484
-    """
-    from scipy.stats import binomtest  # slow to import, and not needed before the end of a test
-
-    return float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
-
-
 def signed_rank_test(differences: Tensor) -> float:
     """Two-sided p-value of Wilcoxon's signed-rank test that differences ``(n,)`` are symmetric around 0.
 
@@ -74,8 +59,8 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
 
     The interval is the large-sample 95 % interval of the mean paired difference (normal quantile, sample
     variance of the differences); below about 30 changed samples trust the p-value rather than the interval. Rewards
-    that differ by no more than :data:`TOLERANCE` count as equal. The test is McNemar's exact one for rewards of 0 and
-    1, Wilcoxon's signed-rank test for graded ones.
+    that differ by no more than 1e-6, which is rounding, count as equal. The test is McNemar's exact one for rewards of
+    0 and 1, Wilcoxon's signed-rank test for graded ones.
 
     Shape:
         - baseline, steered: ``(n,)``, rewards in [0, 1].
@@ -89,7 +74,7 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
     changed = difference[difference.abs() > TOLERANCE]
     n, mean = len(difference), difference.mean().item()
     half = Z_95 * difference.std().item() / math.sqrt(n) if n > 1 else math.nan
-    better, worse = int((changed > 0).sum()), int((changed < 0).sum())
+    better, worse = changes(baseline, steered)
     graded = bool(((baseline != baseline.round()) | (steered != steered.round())).any())
     return {
         "n": n,

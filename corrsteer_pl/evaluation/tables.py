@@ -24,6 +24,11 @@ def selection_table(selection: Selection) -> Table:
             f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
         ),
     )
+    if selection.joint_reward is not None and len(selection.features) > 1:
+        table.caption = (
+            f"{table.caption}\nall {len(selection.features)} selected features together: "
+            f"{percent(selection.joint_reward)} %" + (f"; {selection.overshoot}" if selection.overshoot else "")
+        )
     if selection.left_out:
         lacking = ", ".join(f"{count} of layer {layer}" for layer, count in selection.left_out.items())
         table.caption = f"{table.caption}\nleft out, for activations that are not finite: {lacking}"

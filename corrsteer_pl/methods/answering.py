@@ -10,6 +10,7 @@ from torch import Tensor
 from corrsteer_pl.data import Batch
 from corrsteer_pl.interventions.steering import Schedule
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
+from corrsteer_pl.models.decoding.kept import KeptPrompts
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import SparseAutoencoder
 from corrsteer_pl.stats import Probe
@@ -36,11 +37,16 @@ class Answering(Protocol):
     def rewards(self, texts: list[str], batch: Batch) -> Tensor:
         """Rewards of one answer per sample, ``(batch,)`` float64 on the CPU."""
 
-    def texts(self, batch: Batch, variants: Intervention) -> list[list[str]]:
+    def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
         """Answers under each variant, ``texts[variant][sample]``, without judging them."""
 
-    def compare(self, batch: Batch, variants: Intervention) -> list[tuple[list[str], Tensor]]:
-        """Answers under each variant, with their rewards ``(batch,)`` float64 on the CPU."""
+    def compare(
+        self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None
+    ) -> list[tuple[list[str], Tensor]]:
+        """Answers under each variant, with their rewards ``(batch,)`` float64 on the CPU.
+
+        Prompts are read once for all calls with the same ``kept``.
+        """
 
 
 class Generating:
@@ -65,13 +71,15 @@ class Generating:
         """The task's rewards, ``(batch,)`` float64."""
         return judged(self.task, texts, batch, self.reverse)
 
-    def texts(self, batch: Batch, variants: Intervention) -> list[list[str]]:
+    def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
         """Answers under each variant."""
-        return self.decoder.compare(batch, variants)
+        return self.decoder.compare(batch, variants, kept=kept)
 
-    def compare(self, batch: Batch, variants: Intervention) -> list[tuple[list[str], Tensor]]:
+    def compare(
+        self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None
+    ) -> list[tuple[list[str], Tensor]]:
         """Answers under each variant, and their rewards."""
-        return [(texts, self.rewards(texts, batch)) for texts in self.texts(batch, variants)]
+        return [(texts, self.rewards(texts, batch)) for texts in self.texts(batch, variants, kept)]
 
 
 @dataclass(frozen=True)
@@ -124,11 +132,13 @@ class Reading:
         """The labels, ``(batch,)`` float64."""
         return judged(self.task, texts, batch, self.reverse)
 
-    def texts(self, batch: Batch, variants: Intervention) -> list[list[str]]:
+    def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
         """The probability of the label under each variant, in figures."""
         return [texts for texts, _ in self.compare(batch, variants)]
 
-    def compare(self, batch: Batch, variants: Intervention) -> list[tuple[list[str], Tensor]]:
+    def compare(
+        self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None
+    ) -> list[tuple[list[str], Tensor]]:
         """The probability of the label under each variant, in figures, and the probability of a reward."""
         # The probe was fitted on rewards. If those are reversed, it gives the probability that the label is absent.
         rewards = self.probe().probabilities(self.decoder, batch, variants)

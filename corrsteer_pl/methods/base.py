@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
@@ -26,7 +27,7 @@ from corrsteer_pl.methods.provenance import (
     versions,
 )
 from corrsteer_pl.methods.registry import method_name
-from corrsteer_pl.methods.trial import Trial, TrialResult
+from corrsteer_pl.methods.trial import Trial
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel, local_name
 from corrsteer_pl.options import check_options as check_kinds
@@ -147,9 +148,14 @@ class Method(PairedEvaluation):
         """What a validation compares, the unchanged model first."""
         return self.comparison()
 
-    def conclude(self, result: TrialResult) -> None:
-        """Draw conclusions from a validation. Every process has the same result."""
-        self.log_validation({"baseline_reward": result.baseline, "reward": result.variants[0]})
+    def conclude(self, rewards: Tensor) -> None:
+        """Draw conclusions from a validation; :meth:`try_also` tries more. Every process has the same rewards.
+
+        Args:
+            rewards: Of each variant on each sample, ``(variants, n)`` float64; the unchanged model's first.
+        """
+        baseline, changed = rewards.mean(1)[:2].tolist()
+        self.log_validation({"baseline_reward": baseline, "reward": changed})
 
     def write(self, folder: Path) -> None:
         """Write what a fit leaves beside its checkpoint; called on one process."""
@@ -266,18 +272,26 @@ class Method(PairedEvaluation):
     def on_validation_epoch_start(self) -> None:
         """Prepare what is tried."""
         if not self.trainer.sanity_checking:
-            self._trial = Trial(self.tried(), self.device)
+            self._trial = Trial(self.answering, self.tried(), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Try all variants on a batch."""
         if not self.trainer.sanity_checking:
-            self._trial.step(self.answering, batch)
+            self._trial.step(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Bring the rewards of all processes together."""
         if not self.trainer.sanity_checking:
-            self.conclude(self._trial.result())
+            self.conclude(self._trial.rewards())
             self._validated = self.counted
+            del self._trial  # and with it the prompts that were kept
+
+    def try_also(self, variants: Intervention) -> Tensor:
+        """Rewards ``(variants, n)`` of further variants on the validation split, within :meth:`conclude`.
+
+        Every process must call it.
+        """
+        return self._trial.again(variants)
 
     def log_validation(self, values: dict[str, float]) -> None:
         """Log numbers that are equal on all processes already, so that their mean is right."""

@@ -18,12 +18,12 @@ from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
 def rank_features(
     sums: Accumulator, saes: Mapping[int, SparseAutoencoder], options: Mapping[str, Any]
 ) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
-    """Each layer's ``topk`` features of each sign, and the candidates, which are the first of them.
+    """Each layer's ``topk`` features of each sign, and the candidates, which are the first ``topm`` of them.
 
     Args:
         sums: Merged sums.
         saes: The autoencoders, by layer.
-        options: ``pool, coefficient_pool, coefficient, score, topk, sign`` of :class:`~corrsteer_pl.CorrSteer`.
+        options: ``pool, coefficient_pool, coefficient, score, topk, topm, sign`` of :class:`~corrsteer_pl.CorrSteer`.
     """
     ranking: list[Feature] = []
     candidates: list[Feature] = []
@@ -37,7 +37,7 @@ def rank_features(
             top = [describe(moments, correlations, scores, coefficients, layer, site, i) for i in indices]
             top = [replace(feature, neuronpedia=sae.page(feature.index)) for feature in top]
             ranking += top
-            candidates += top[:1]
+            candidates += top[: options["topm"]]
     return tuple(ranking), tuple(candidates)
 
 

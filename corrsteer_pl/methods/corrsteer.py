@@ -1,5 +1,6 @@
 """CorrSteer: correlate SAE features with the model's own success, and steer with those that help."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +28,13 @@ from corrsteer_pl.methods.candidates import (
 )
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.provenance import check_directions, check_saes, damaged
-from corrsteer_pl.methods.trial import TrialResult
 from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
 from corrsteer_pl.models.pooling import POOLS
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import RULES, SIGNS, Feature, Selection, reselect, select, tested
+from corrsteer_pl.selection import RULES, SIGNS, Bar, Choice, Feature, Selection, choose, measured, reselect
 from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, null_max_correlation
 
 
@@ -55,9 +55,15 @@ class CorrSteer(Method):
         layers: Blocks to read and steer, from 0; None for all that have an SAE.
         rule: ``foreach``: per layer the better candidate, if it beats the unsteered model. ``global``: the
             best of all. ``all``: the top positive feature of every layer, untested. ``layer``: the better
-            candidate of the one layer named in ``layers``.
+            candidate of the one layer named in ``layers``. ``greedy``: what helps most beside what was chosen before,
+            as long as the whole gets better; it is the only rule that tries features together.
         sign: Which candidates there are: ``both``, ``positive`` or ``negative`` correlations.
         topk: How many features per layer and sign are listed for analysis.
+        topm: How many of them are candidates.
+        min_improvement: For the rules ``foreach`` and ``greedy``: the mean validation reward has to rise by more than
+            this for a feature to be chosen.
+        significance_level: For the same rules: the largest p-value of a one-sided exact sign test that more validation
+            samples get better than worse; None asks for no test.
         pool: How a feature's activations over a sample become one number: ``max`` or ``mean`` over generated
             tokens, ``all`` for the maximum over prompt and generated tokens.
         coefficient_pool: The same for the coefficient; None for the same as ``pool``.
@@ -103,7 +109,7 @@ class CorrSteer(Method):
 
     inspection = SteeringInspection
     settings = Settings(
-        settled=("pool", "coefficient_pool", "coefficient", "score", "site"),
+        settled=("pool", "coefficient_pool", "coefficient", "score", "site", "min_improvement", "significance_level"),
         resumed=("dtype", "sae_dtype"),
         tested=("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     )
@@ -114,9 +120,12 @@ class CorrSteer(Method):
         saes: str,
         sae_id: str | None = None,
         layers: list[int] | None = None,
-        rule: Literal["foreach", "global", "all", "layer"] = "foreach",
+        rule: Literal["foreach", "global", "all", "layer", "greedy"] = "foreach",
         sign: Literal["both", "positive", "negative"] = "both",
         topk: int = 10,
+        topm: int = 1,
+        min_improvement: float = 0.0,
+        significance_level: float | None = None,
         pool: Literal["max", "mean", "all"] = "max",
         coefficient_pool: Literal["max", "mean", "all"] | None = None,
         coefficient: Literal["mean", "active_mean", "difference"] = "mean",
@@ -141,6 +150,7 @@ class CorrSteer(Method):
         self._check_options()
         self.schedule = Schedule(positions, first_k, decay)
         self.saes: dict[int, SparseAutoencoder] = {}
+        self.bar = Bar(min_improvement, significance_level)
         self._identity: dict[str, Any] | None = None  # of the SAEs
         self._probed: dict[int, SparseAutoencoder] = {}
         self._forget()
@@ -167,8 +177,25 @@ class CorrSteer(Method):
             raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
         if h["rule"] == "all" and h["sign"] == "negative":
             raise UserError("model.rule is all, which takes positive candidates, but model.sign is negative.")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        h = self.hparams
         if h["topk"] < 1:
             raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
+        if not 1 <= h["topm"] <= h["topk"]:
+            raise UserError(
+                f"model.topm is {h['topm']}; it is a number of features from 1 to model.topk, which is {h['topk']}."
+            )
+        if not 0 <= h["min_improvement"] < 1:
+            raise UserError(
+                f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
+            )
+        level = h["significance_level"]
+        if level is not None and not 0 < level <= 1:
+            raise UserError(
+                f"model.significance_level is {level}; it is a p-value above 0 and at most 1, or null for no test."
+            )
 
     # ---------------------------------------------------------------- fit: accumulate
 
@@ -236,17 +263,25 @@ class CorrSteer(Method):
         tried = () if self.hparams["rule"] == "all" else self._candidates
         return SteeringVectors.stack([{}, *(self.vectors_of([f]) for f in tried)], self._schedule_here)
 
-    def conclude(self, result: TrialResult) -> None:
-        """Select by the rule, and keep a snapshot of how far the fit has come."""
-        baseline, alone = result
-        candidates = tested(self._candidates, alone) if alone else self._candidates
-        self.selection = self._describe_selection(candidates, baseline)
+    def conclude(self, rewards: Tensor) -> None:
+        """Select by the rule, try the whole selection, and keep a snapshot of how far the fit has come."""
+        baseline, *alone = rewards.mean(1).tolist()
+        candidates = measured(self._candidates, rewards) if alone else self._candidates
+        choice = choose(self.hparams["rule"], candidates, rewards, self.bar, self._rewards_of)
+        self.selection = self._describe_selection(candidates, baseline, choice)
+        if self.has_seen_all and (sentence := self.selection.overshoot):
+            warnings.warn(sentence, stacklevel=2)
         best = max(alone, default=baseline)
         logged = {"samples": self.counted, "baseline_reward": baseline, "best_candidate_reward": best}
+        logged["joint_reward"] = choice.joint_reward
         features = [[f.layer, f.index] for f in self.selection.features]
         earlier = [snapshot for snapshot in self.snapshots if snapshot["samples"] != self.counted]
         self.snapshots = [*earlier, {**logged, "features": features}]
         self.log_validation(logged)
+
+    def _rewards_of(self, sets: Sequence[Sequence[Feature]]) -> Tensor:
+        """Rewards ``(sets, n)`` on the validation split when the features of a set steer together."""
+        return self.try_also(SteeringVectors.stack([self.vectors_of(some) for some in sets], self._schedule_here))
 
     def is_worth_saving(self) -> bool:
         """Whether rewards differ so far: equal ones would never lead to a selection."""
@@ -262,10 +297,12 @@ class CorrSteer(Method):
     def _precision(self) -> str:
         return f"the model is in {self.hparams['dtype']}, the SAEs are in {self.hparams['sae_dtype']}"
 
-    def _describe_selection(self, candidates: Sequence[Feature], baseline: float) -> Selection:
+    def _describe_selection(self, candidates: Sequence[Feature], baseline: float, choice: Choice) -> Selection:
         return Selection(
             rule=self.hparams["rule"],
-            features=select(self.hparams["rule"], candidates, baseline),
+            features=choice.features,
+            joint_reward=choice.joint_reward,
+            steps=choice.steps,
             candidates=tuple(candidates),
             ranking=self._ranking,
             baseline_reward=baseline,
@@ -354,7 +391,8 @@ class CorrSteer(Method):
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
         if fitted is not None:
             check_directions(self.directions, map(_name, fitted.candidates))
-            self.selection = reselect(fitted, *(self.hparams[name] for name in ("rule", "sign", "layers")))
+            rule, sign, layers = (self.hparams[name] for name in ("rule", "sign", "layers"))
+            self.selection = reselect(fitted, rule, sign, layers, self.bar)
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders of the fit."""

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy import stats
 
-from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes, paired_metrics, side_effect_ratio, sign_test
+from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes, paired_metrics, side_effect_ratio
+from corrsteer_pl.stats import sign_test
 
 
 @pytest.mark.parametrize(("worse", "better"), [(0, 0), (0, 1), (3, 3), (2, 11), (40, 90), (900, 1100)])

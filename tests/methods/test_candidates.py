@@ -18,6 +18,7 @@ OPTIONS = {
     "coefficient": "mean",
     "score": "pearson",
     "topk": 2,
+    "topm": 1,
     "sign": "both",
 }
 SAES = {0: SimpleNamespace(site=Site(0, "resid_post"), page=lambda index: None)}

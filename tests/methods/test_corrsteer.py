@@ -412,6 +412,14 @@ def test_bad_settings_are_explained(tmp_path, hub):
         CorrSteer("demo", "demo", sign="pos")
     with pytest.raises(UserError, match="model.topk is 0"):
         CorrSteer("demo", "demo", topk=0)
+    for options, sentence in (
+        ({"topm": 0}, "model.topm is 0; it is a number of features from 1 to model.topk, which is 10"),
+        ({"topm": 3, "topk": 2}, "model.topm is 3; .* from 1 to model.topk, which is 2"),
+        ({"min_improvement": -0.1}, "model.min_improvement is -0.1; it is a difference of rewards"),
+        ({"significance_level": 0.0}, "model.significance_level is 0.0; it is a p-value above 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            CorrSteer("demo", "demo", **options)
     with pytest.raises(UserError, match="model.positions is 'here'; choose one of generated, all"):
         CorrSteer("demo", "demo", positions="here")
     with pytest.raises(UserError, match="model.first_k is 0"):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from corrsteer_pl.models.decoding.branches import BatchRows, Branches, Run
 from corrsteer_pl.models.decoding.cache import ROOM, FullCache, joined, picked
+from corrsteer_pl.models.decoding.kept import KeptPrompts
 from corrsteer_pl.models.decoding.prefix import SharedPrefix
 from corrsteer_pl.models.decoding.trials import can_branch, can_leave_out, overflow, require_rows
 from corrsteer_pl.models.hooks import PoolReader
@@ -126,7 +127,13 @@ class Decoder:
         return self.llm.decode(tokens.ids, tokens.lengths)
 
     @torch.no_grad()
-    def compare(self, prompts: Prompts, variants: Intervention, branches: bool | None = None) -> list[list[str]]:
+    def compare(
+        self,
+        prompts: Prompts,
+        variants: Intervention,
+        branches: bool | None = None,
+        kept: KeptPrompts | None = None,
+    ) -> list[list[str]]:
         """Generate text under each variant.
 
         In float32 variants are branches of one sequence per prompt, if the model can do that. In lower precision, and
@@ -137,6 +144,8 @@ class Decoder:
             prompts: The prompts.
             variants: What is compared.
             branches: Decide for or against branches; None as said above.
+            kept: Where prompts are kept for further variants, and found if they were. In lower precision those have
+                forward passes of the same shape as the first ones, padded with unchanged variants.
 
         Returns:
             ``texts[variant][sample]``.
@@ -154,7 +163,7 @@ class Decoder:
             )
         if branches is None:
             branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
-        return self._compare(prompts, variants, branches)
+        return self._compare(prompts, variants, branches and not variants.changes_prompt, kept)
 
     @torch.no_grad()
     def first_logits(self, prompts: Prompts, variants: Intervention) -> Tensor:
@@ -168,13 +177,21 @@ class Decoder:
                 found.append(run.forward(tokens)[:, 0].unflatten(0, (-1, len(group))))
         return torch.cat(found, dim=1)[:, : len(variants)].transpose(0, 1)
 
-    def _compare(self, prompts: Prompts, variants: Intervention, branches: bool) -> list[list[str]]:
-        shared = not variants.changes_prompt
-        branches = branches and shared
+    def _compare(
+        self, prompts: Prompts, variants: Intervention, branches: bool, kept: KeptPrompts | None
+    ) -> list[list[str]]:
+        before, exact = kept.find(prompts) if kept else None, self.llm.model.dtype == torch.float32
         size = self.together(prompts, len(variants), branches, variants.most_together)
-        laid, cache = self._prefill(prompts, branches=size if branches else 0) if shared else (prompts, None)
+        if before and not exact:
+            size = before.together
+        read = before.read if before else None
+        if read is None and not variants.changes_prompt:
+            read = self._prefill(prompts, branches=size if branches else 0)
+        if kept and before is None:
+            kept.keep(prompts, size, read)
+        laid, cache = read or (prompts, None)
         # In low precision rounding depends on the shape of a forward pass, so all groups have to keep the same shape.
-        drop = size >= len(variants) or self.llm.model.dtype == torch.float32
+        drop = exact or (size >= len(variants) and kept is None)
         groups = variants.groups(size)
         texts = [text for group in groups for text in self._continue(group, laid, cache, branches, drop)]
         return texts[: len(variants)]
@@ -240,9 +257,14 @@ class Decoder:
         """The variants in groups that :meth:`read` can read at once; the last is padded with the unchanged model."""
         yield from variants.groups(self.together(prompts, len(variants), most_together=variants.most_together))
 
+    @property
+    def budget(self) -> int:
+        """Bytes that variants may take beside the model."""
+        return budget(self.llm.device)
+
     def _affordable(self, prompts: Prompts, branches: bool) -> int:
         """How many variants the memory budget allows."""
-        most = budget(self.llm.device) // self.size_of_variant(prompts, branches)
+        most = self.budget // self.size_of_variant(prompts, branches)
         # Attention is computed between all branches of a prompt before the mask removes it, at quadratic cost.
         return max(1, min(most, BRANCH_TOKENS // self.max_new_tokens) if branches else most)
 

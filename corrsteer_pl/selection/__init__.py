@@ -1,0 +1,21 @@
+"""From scores to the features that steer: candidates, and the rules that choose among them."""
+
+from corrsteer_pl.selection.feature import SIGNS, Feature, describe, rank
+from corrsteer_pl.selection.fitted import reselect
+from corrsteer_pl.selection.record import Selection
+from corrsteer_pl.selection.rules import RULES, Bar, Choice, choose, measured, select
+
+__all__ = [
+    "RULES",
+    "SIGNS",
+    "Bar",
+    "Choice",
+    "Feature",
+    "Selection",
+    "choose",
+    "describe",
+    "measured",
+    "rank",
+    "reselect",
+    "select",
+]

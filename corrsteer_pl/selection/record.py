@@ -1,0 +1,102 @@
+"""The features that steer, and where they come from."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.options import check_options
+from corrsteer_pl.selection.feature import SIGNS, Feature
+from corrsteer_pl.selection.rules import RULES
+
+# Fields of a selection that hold features.
+LISTS = ("features", "candidates", "ranking")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The features that steer, and where they come from: the one thing that travels between stages.
+
+    Attributes:
+        rule: The rule that chose them.
+        features: The chosen features; none is a result: nothing improved on the baseline.
+        candidates: All tested features, ``topm`` per layer and sign at most.
+        ranking: Per layer and sign the ``topk`` features by correlation, for analysis.
+        baseline_reward: Mean unsteered validation reward in [0, 1].
+        samples: Number of samples behind the correlations.
+        reward: Mean reward of those samples.
+        null_max_correlation: About the largest |r| per layer that chance alone gives.
+        score: Name of the score that ranked the features.
+        joint_reward: Mean validation reward in [0, 1] of all chosen features together; None if that was not tried.
+        steps: For the rule ``greedy``, the joint reward after each feature was added.
+        left_out: By layer, how many samples its correlations lack, because an activation was not finite.
+        llm: Name and fingerprint of the model.
+        saes: Name and fingerprints of the autoencoders.
+    """
+
+    rule: str
+    features: tuple[Feature, ...]
+    candidates: tuple[Feature, ...]
+    ranking: tuple[Feature, ...]
+    baseline_reward: float | None
+    samples: int
+    reward: float
+    null_max_correlation: float
+    score: str = "pearson"
+    joint_reward: float | None = None
+    steps: tuple[float, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+    llm: dict[str, Any] = field(default_factory=dict)
+    saes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def overshoot(self) -> str | None:
+        """A sentence, if the chosen features do worse together than the best of them alone."""
+        alone = [f for f in self.features if f.validation_reward is not None]
+        if self.joint_reward is None or not alone:
+            return None
+        best = max(alone, key=lambda f: f.validation_reward or 0.0)
+        if self.joint_reward >= (best.validation_reward or 0.0):
+            return None
+        return (
+            f"the {len(self.features)} selected features reach {100 * self.joint_reward:.1f} % on validation together, "
+            f"and {best.layer}/{best.index} alone {100 * (best.validation_reward or 0.0):.1f} %. "
+            "Set model.rule to greedy or global, or lower model.scale."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, as stored in ``selection.json`` and in checkpoints."""
+        plain = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Selection":
+        """Inverse of :meth:`as_dict`.
+
+        Raises:
+            UserError: A field is missing, of another type, or holds what cannot be.
+        """
+        try:
+            plain = {**plain, "steps": tuple(plain.get("steps", ()))}
+            check_options(cls, {k: v for k, v in plain.items() if k not in LISTS}, "selection")
+            lists = {name: tuple(_read_feature(f) for f in plain[name]) for name in LISTS}
+            found = cls(**{**plain, **lists})
+            if found.rule not in RULES or not _finite(found) or found.samples < 0:
+                raise ValueError("the rule is not known, or a number is not finite")
+        except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"the checkpoint is damaged: its selection cannot be read ({error}). Fit again to make a new one."
+            ) from error
+        return found
+
+
+def _read_feature(plain: dict[str, Any]) -> Feature:
+    check_options(Feature, plain, "feature")
+    feature = Feature(**plain)
+    if feature.index < 0 or feature.layer < 0 or feature.sign not in SIGNS[1:] or not _finite(feature):
+        raise ValueError(f"feature {feature.layer}/{feature.index} has a value that cannot be")
+    return feature
+
+
+def _finite(record: Any) -> bool:
+    return all(math.isfinite(value) for value in vars(record).values() if isinstance(value, float))
