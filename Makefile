@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lint quick format bench table smollm2 results clean check-latest
+.PHONY: help demo test check lint tests format bench table smollm2 results clean check-latest
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,11 +24,9 @@ demo: $(READY)  ## fit and test both demo tasks, then the table with controls
 	$(BIN)/python -m corrsteer_pl test --ckpt_path checkpoints/demo_refusal/last.ckpt
 	$(BIN)/python -m corrsteer_pl.demo.results
 
-# The quick tests are a target of their own, so that "make check test" runs them once.
-test: quick  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+test: tests  ## run all tests
 
-check: lint quick  ## formatting, lint, types, doctests, the quick tests and a quick run of the benchmarks
+check: lint tests  ## formatting, lint, types, doctests, the quick tests and a quick run of the benchmarks
 	$(BIN)/python -m benchmarks --quick > /dev/null
 
 lint: $(READY)
@@ -36,14 +34,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+# The quick ones; all, if "test" is among the goals, so that "make check test" runs none twice.
+tests: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(filter test,$(MAKECMDGOALS)),,-m "not slow")
 
 check-latest:  ## the quick tests with the newest versions of all dependencies but torch
 	$(PYTHON) -m venv --clear .venv-latest
 	.venv-latest/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-latest/bin/pip install --quiet --upgrade --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 format: $(READY)  ## format and mend what ruff can
 	$(BIN)/ruff format .

@@ -42,6 +42,10 @@ BRANCH = "refs/heads/main"
 LIMITS = ["--data.train_size=48", "--data.val_size=8", "--data.test_size=16", "--data.batch_size=16"]
 
 
+# Their answers are long, and a model of noise never ends one.
+LONG = ("gsm8k.yaml", "harmbench.yaml", "ifeval.yaml", "simpleqa.yaml", "xstest.yaml")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
@@ -61,15 +65,18 @@ def run(configs, *options):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_config_fits_and_tests(name, here):
     configs = [name] if "model" in SETTINGS[name] else [name, "gemma2_2b.yaml"]
-    folder = run(configs)
+    # Every SAE is large, so only one task reads more than one.
+    layers = [0, 1] if name == "mmlu.yaml" else [1]
+    short = ["--data.task_args.max_new_tokens=8"] if name in LONG else []
+    folder = run(configs, f"--model.layers={layers}", *short)
     selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
     assert selection["llm"]["name"] == "google/gemma-2-2b-it"
     assert selection["samples"] == 48
-    assert {f["layer"] for f in selection["ranking"]} <= {0, 1}
+    assert {f["layer"] for f in selection["ranking"]} <= set(layers)
     # JumpReLU SAEs of 16,384 x 2,304: seven sums a feature, and a direction for each candidate.
     stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"].values()
     sums = sum(tensor.nbytes for tensor in stored)
-    assert sums >= 2 * 16384 * 7 * 8
+    assert sums >= len(layers) * 16384 * 7 * 8
     assert (folder / "last.ckpt").stat().st_size < 1.1 * sums
     for feature in selection["candidates"]:
         layer, index = feature["layer"], feature["index"]

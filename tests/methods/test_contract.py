@@ -14,7 +14,7 @@ from corrsteer_pl.commands.doctor import examine
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.registry import METHODS, method_class, method_name
 from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_here
 from tests.methods.toy import Bias
 
 ROOT = Path(__file__).parents[2]
@@ -106,28 +106,20 @@ def test_texts_that_are_only_read_need_a_probe(run, tmp_path):
         make_trainer().test(run[1], datamodule=data, verbose=False)
 
 
-def toy(*args, cwd):
-    command = [sys.executable, str(ROOT / "tests/methods/toy.py"), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path):
+def test_two_processes_train_what_one_trains(tmp_path, capsys):
     fit = ["fit", "--method", "bias", "--model.llm", "demo", "--data.train_size=96", "--data.val_size=20"]
     fit += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    toy(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
-    toy(
-        *fit, "--data.batch_size=8", "--trainer.devices=2", "--trainer.strategy=ddp",
-        "--trainer.default_root_dir=two", cwd=tmp_path,
-    )  # fmt: skip
+    run_here(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
+    two = ["--data.batch_size=8", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/methods/toy.py"), *fit, *two]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f / "last.ckpt", weights_only=True)["state_dict"]["bias"] for f in ("one", "two"))
     assert one.abs().sum() > 0
     # Gradients are averaged in another order.
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-    shown = toy("test", "--ckpt_path", "two/last.ckpt", "--model.scale", "0.5", "--data.test_size", "30", cwd=tmp_path)
-    assert "two/test/demo_qa-scale-0.5-test_size-30" in shown.replace("\n", "")
+    capsys.readouterr()
+    run_here("test", "--ckpt_path=two/last.ckpt", "--model.scale=0.5", "--data.test_size=30", cwd=tmp_path)
+    assert "two/test/demo_qa-scale-0.5-test_size-30" in capsys.readouterr().out.replace("\n", "")
