@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.selection import Bar, Feature, Selection, choose, describe, measured, rank, reselect, select
+from corrsteer_pl.selection import Bar, Feature, Selection, Strength, choose, describe, measured, rank, reselect, select
 from corrsteer_pl.stats import Moments, pearson
 
 
@@ -76,8 +76,8 @@ def test_a_negative_feature_is_steered_with_minus_its_mean():
 
 def test_selection_survives_json():
     selection = Selection(
-        "greedy", tuple(CANDIDATES[:2]), tuple(CANDIDATES), (), 0.5, 10, 0.4, 0.3, "pearson", 0.6, (0.55, 0.6),
-        {"1": 2}, {"name": "m"}, {},
+        "greedy", tuple(CANDIDATES[:2]), tuple(CANDIDATES), (), 0.5, 10, 0.4, 0.3, "pearson", 0.6, (0.55, 0.6), 2.0,
+        (Strength(0.0, 0.5), Strength(2.0, 0.6, kl=0.1)), {"1": 2}, {"name": "m"}, {},
     )  # fmt: skip
     assert Selection.from_dict(json.loads(json.dumps(selection.as_dict()))) == selection
 

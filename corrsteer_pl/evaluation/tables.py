@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from corrsteer_pl.selection import Selection
+from corrsteer_pl.selection import Selection, Strength
 
 
 def percent(value: float | None) -> str:
@@ -27,8 +27,13 @@ def selection_table(selection: Selection) -> Table:
     if selection.joint_reward is not None and len(selection.features) > 1:
         table.caption = (
             f"{table.caption}\nall {len(selection.features)} selected features together: "
-            f"{percent(selection.joint_reward)} %" + (f"; {selection.overshoot}" if selection.overshoot else "")
+            f"{percent(selection.joint_reward)} %"
         )
+    if selection.strengths:
+        tried = ", ".join(f"{one.scale:g}: {_strength(one)}" for one in selection.strengths)
+        table.caption = f"{table.caption}\nstrength {selection.scale:g} was chosen; {tried}"
+    for sentence in selection.doubts:
+        table.caption = f"{table.caption}\n{sentence}"
     if selection.left_out:
         lacking = ", ".join(f"{count} of layer {layer}" for layer, count in selection.left_out.items())
         table.caption = f"{table.caption}\nleft out, for activations that are not finite: {lacking}"
@@ -40,6 +45,13 @@ def selection_table(selection: Selection) -> Table:
             "yes" if f in selection.features else "",
         )  # fmt: skip
     return table
+
+
+def _strength(strength: Strength) -> str:
+    """What a strength does, and what it costs."""
+    costs = [f"KL {strength.kl:.3f}"] if strength.kl is not None else []
+    costs += [f"loss {percent(strength.loss)}"] if strength.loss is not None else []
+    return " ".join([f"{percent(strength.reward)} %", *([f"({', '.join(costs)})"] if costs else [])])
 
 
 def metrics_table(title: str, metrics: dict[str, Any]) -> Table:

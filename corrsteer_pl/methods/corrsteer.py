@@ -17,6 +17,7 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.methods.base import Method, Settings
+from corrsteer_pl.methods.calibration import Budget, damage
 from corrsteer_pl.methods.candidates import (
     fit_probe,
     judge_left_out,
@@ -34,7 +35,18 @@ from corrsteer_pl.models.llm import local_name
 from corrsteer_pl.models.pooling import POOLS
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import RULES, SIGNS, Bar, Choice, Feature, Selection, choose, measured, reselect
+from corrsteer_pl.selection import (
+    RULES,
+    SIGNS,
+    Bar,
+    Choice,
+    Feature,
+    Selection,
+    Strength,
+    choose,
+    measured,
+    reselect,
+)
 from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, null_max_correlation
 
 
@@ -71,7 +83,12 @@ class CorrSteer(Method):
             the ``difference`` between right and wrong samples.
         score: What features are ranked by: ``pearson`` correlation, as the paper does, or the ``mean_difference``
             between right and wrong samples. The sign of its correlation makes one a positive or a negative candidate.
-        scale: Factor on all coefficients.
+        scale: Factor on all coefficients. Of a list, such as ``[0.5, 1, 2]``, validation chooses the one with the best
+            reward of the whole selection within the budget; features are tried at 1 before.
+        budget: What steering may cost, for a list of scales: ``kl``, the largest mean KL divergence from the unsteered
+            model's first new token, in nats; ``loss``, the largest fall of another task's mean reward. Prompts are
+            those of the validation, or the validation split of another ``task`` (with ``path``, ``subset``, ``filter``
+            and so on as in the data module), at most ``size`` of them, 200 unless given.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
             or ``first_k`` generated tokens.
         first_k: Number of tokens for ``positions: first_k``.
@@ -130,7 +147,8 @@ class CorrSteer(Method):
         coefficient_pool: Literal["max", "mean", "all"] | None = None,
         coefficient: Literal["mean", "active_mean", "difference"] = "mean",
         score: Literal["pearson", "mean_difference"] = "pearson",
-        scale: float = 1.0,
+        scale: float | list[float] = 1.0,
+        budget: dict | None = None,
         positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
         first_k: int = 1,
         decay: float = 1.0,
@@ -150,7 +168,7 @@ class CorrSteer(Method):
         self._check_options()
         self.schedule = Schedule(positions, first_k, decay)
         self.saes: dict[int, SparseAutoencoder] = {}
-        self.bar = Bar(min_improvement, significance_level)
+        self.bar, self.budget = Bar(min_improvement, significance_level), Budget.of(budget)
         self._identity: dict[str, Any] | None = None  # of the SAEs
         self._probed: dict[int, SparseAutoencoder] = {}
         self._forget()
@@ -190,6 +208,12 @@ class CorrSteer(Method):
         if not 0 <= h["min_improvement"] < 1:
             raise UserError(
                 f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
+            )
+        if h["scale"] == []:
+            raise UserError("model.scale is empty. Give a number, or a list of them.")
+        if h["budget"] is not None and not isinstance(h["scale"], list):
+            raise UserError(
+                f"model.budget chooses among several strengths, but model.scale is {h['scale']}. Give it a list."
             )
         level = h["significance_level"]
         if level is not None and not 0 < level <= 1:
@@ -269,11 +293,13 @@ class CorrSteer(Method):
         candidates = measured(self._candidates, rewards) if alone else self._candidates
         choice = choose(self.hparams["rule"], candidates, rewards, self.bar, self._rewards_of)
         self.selection = self._describe_selection(candidates, baseline, choice)
-        if self.has_seen_all and (sentence := self.selection.overshoot):
+        if isinstance(self.hparams["scale"], list) and choice.features:
+            self.selection = self.selection.at(self._strengths(choice.features), self.budget.allows)
+        for sentence in self.selection.doubts if self.has_seen_all else ():
             warnings.warn(sentence, stacklevel=2)
         best = max(alone, default=baseline)
         logged = {"samples": self.counted, "baseline_reward": baseline, "best_candidate_reward": best}
-        logged["joint_reward"] = choice.joint_reward
+        logged |= {"joint_reward": self.selection.joint_reward, "scale": self.selection.scale}
         features = [[f.layer, f.index] for f in self.selection.features]
         earlier = [snapshot for snapshot in self.snapshots if snapshot["samples"] != self.counted]
         self.snapshots = [*earlier, {**logged, "features": features}]
@@ -282,6 +308,13 @@ class CorrSteer(Method):
     def _rewards_of(self, sets: Sequence[Sequence[Feature]]) -> Tensor:
         """Rewards ``(sets, n)`` on the validation split when the features of a set steer together."""
         return self.try_also(SteeringVectors.stack([self.vectors_of(some) for some in sets], self._schedule_here))
+
+    def _strengths(self, features: Sequence[Feature]) -> list[Strength]:
+        """What features together do at each strength, the unsteered model among them as strength 0."""
+        scales = sorted({0.0, *self.hparams["scale"]}, key=abs)
+        variants = SteeringVectors.stack([self.vectors_of(features, scale) for scale in scales], self._schedule_here)
+        columns = {"reward": self.try_also(variants).mean(1).tolist(), **damage(self, self.budget, variants)}
+        return [Strength(scale, **{k: v[i] for k, v in columns.items()}) for i, scale in enumerate(scales)]
 
     def is_worth_saving(self) -> bool:
         """Whether rewards differ so far: equal ones would never lead to a selection."""
@@ -303,6 +336,7 @@ class CorrSteer(Method):
             features=choice.features,
             joint_reward=choice.joint_reward,
             steps=choice.steps,
+            scale=self.scale_of_trials,
             candidates=tuple(candidates),
             ranking=self._ranking,
             baseline_reward=baseline,
@@ -322,11 +356,23 @@ class CorrSteer(Method):
         """Whether there is a selection, be it empty."""
         return self.selection is not None
 
-    def vectors_of(self, features: Sequence[Feature]) -> dict[Site, Tensor]:
-        """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32."""
+    @property
+    def scale_of_trials(self) -> float:
+        """Factor on all coefficients while features are tried: 1, if one is to be chosen afterwards."""
+        scale = self.hparams["scale"]
+        return 1.0 if isinstance(scale, list) else scale
+
+    def vectors_of(self, features: Sequence[Feature], scale: float | None = None) -> dict[Site, Tensor]:
+        """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32.
+
+        Args:
+            features: Candidates.
+            scale: Factor on all coefficients; None for that of the trials.
+        """
+        factor = self.scale_of_trials if scale is None else scale
         vectors: dict[Site, Tensor] = {}
         for f in features:
-            site, vector = Site.parse(f.site), self.hparams["scale"] * f.coefficient * self.directions[_name(f)]
+            site, vector = Site.parse(f.site), factor * f.coefficient * self.directions[_name(f)]
             vectors[site] = vectors[site] + vector if site in vectors else vector
         return vectors
 
@@ -338,7 +384,8 @@ class CorrSteer(Method):
         """
         if self.selection is None:
             raise self.unfitted()
-        return self.vectors_of(self.selection.features)
+        chosen = isinstance(self.hparams["scale"], list)
+        return self.vectors_of(self.selection.features, self.selection.scale if chosen else None)
 
     def comparison(self) -> SteeringVectors:
         """The unsteered model and the steered one."""
@@ -393,6 +440,11 @@ class CorrSteer(Method):
             check_directions(self.directions, map(_name, fitted.candidates))
             rule, sign, layers = (self.hparams[name] for name in ("rule", "sign", "layers"))
             self.selection = reselect(fitted, rule, sign, layers, self.bar)
+            if isinstance(self.hparams["scale"], list) and self.selection.features and not self.selection.strengths:
+                raise UserError(
+                    "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
+                    f"chosen none for these features (rule {rule}). Give one number, or fit again."
+                )
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders of the fit."""

@@ -73,7 +73,7 @@ def random_vectors(module: CorrSteer, features: Sequence[Feature], seed: int) ->
     for f in features:
         site, sae = Site.parse(f.site), module.saes[f.layer]
         vector = (
-            module.hparams["scale"]
+            module.scale_of_trials
             * f.coefficient
             * sae.direction(int(torch.randint(sae.d_sae, (), generator=generator)))
         )

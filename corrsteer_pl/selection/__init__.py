@@ -4,6 +4,7 @@ from corrsteer_pl.selection.feature import SIGNS, Feature, describe, rank
 from corrsteer_pl.selection.fitted import reselect
 from corrsteer_pl.selection.record import Selection
 from corrsteer_pl.selection.rules import RULES, Bar, Choice, choose, measured, select
+from corrsteer_pl.selection.strength import Strength
 
 __all__ = [
     "RULES",
@@ -12,6 +13,7 @@ __all__ = [
     "Choice",
     "Feature",
     "Selection",
+    "Strength",
     "choose",
     "describe",
     "measured",

@@ -47,7 +47,7 @@ def reselect(
     features = select(rule, candidates, fitted.baseline_reward, bar)
     if set(features) == set(fitted.features):
         return replace(fitted, rule=rule, features=features)
-    return replace(fitted, rule=rule, features=features, joint_reward=None, steps=())
+    return replace(fitted, rule=rule, features=features, joint_reward=None, steps=(), strengths=())
 
 
 def _grown_in_fit(fitted: Selection, candidates: Sequence[Feature]) -> Selection:

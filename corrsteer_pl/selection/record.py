@@ -1,16 +1,18 @@
 """The features that steer, and where they come from."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.options import check_options
 from corrsteer_pl.selection.feature import SIGNS, Feature
 from corrsteer_pl.selection.rules import RULES
+from corrsteer_pl.selection.strength import Strength, best_strength
 
 # Fields of a selection that hold features.
-LISTS = ("features", "candidates", "ranking")
+FEATURES = ("features", "candidates", "ranking")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Selection:
         score: Name of the score that ranked the features.
         joint_reward: Mean validation reward in [0, 1] of all chosen features together; None if that was not tried.
         steps: For the rule ``greedy``, the joint reward after each feature was added.
+        scale: Factor on all coefficients at which they were tried together.
+        strengths: What they do at each strength that was tried, if validation chose one.
         left_out: By layer, how many samples its correlations lack, because an activation was not finite.
         llm: Name and fingerprint of the model.
         saes: Name and fingerprints of the autoencoders.
@@ -45,9 +49,26 @@ class Selection:
     score: str = "pearson"
     joint_reward: float | None = None
     steps: tuple[float, ...] = ()
+    scale: float = 1.0
+    strengths: tuple[Strength, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     saes: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, strengths: Sequence[Strength], allows: Callable[[Strength], bool]) -> "Selection":
+        """The same features at the best strength that is allowed."""
+        best = best_strength(strengths, allows)
+        return replace(self, scale=best.scale, joint_reward=best.reward, strengths=tuple(strengths))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences on what speaks against steering with all of them."""
+        if self.strengths and self.scale == 0:
+            return [
+                "no strength of model.scale that keeps within model.budget beats the unsteered model on validation, so "
+                "the strength that was chosen is 0, which changes nothing. Try weaker ones, or another rule."
+            ]
+        return [self.overshoot] if self.overshoot else []
 
     @property
     def overshoot(self) -> str | None:
@@ -78,8 +99,9 @@ class Selection:
         """
         try:
             plain = {**plain, "steps": tuple(plain.get("steps", ()))}
-            check_options(cls, {k: v for k, v in plain.items() if k not in LISTS}, "selection")
-            lists = {name: tuple(_read_feature(f) for f in plain[name]) for name in LISTS}
+            check_options(cls, {k: v for k, v in plain.items() if k not in (*FEATURES, "strengths")}, "selection")
+            lists: dict[str, Any] = {name: tuple(_read_feature(f) for f in plain[name]) for name in FEATURES}
+            lists["strengths"] = tuple(_read_strength(one) for one in plain.get("strengths", ()))
             found = cls(**{**plain, **lists})
             if found.rule not in RULES or not _finite(found) or found.samples < 0:
                 raise ValueError("the rule is not known, or a number is not finite")
@@ -96,6 +118,14 @@ def _read_feature(plain: dict[str, Any]) -> Feature:
     if feature.index < 0 or feature.layer < 0 or feature.sign not in SIGNS[1:] or not _finite(feature):
         raise ValueError(f"feature {feature.layer}/{feature.index} has a value that cannot be")
     return feature
+
+
+def _read_strength(plain: dict[str, Any]) -> Strength:
+    check_options(Strength, plain, "strength")
+    strength = Strength(**plain)
+    if not _finite(strength):
+        raise ValueError("a strength has a number that is not finite")
+    return strength
 
 
 def _finite(record: Any) -> bool:
