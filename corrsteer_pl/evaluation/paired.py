@@ -40,6 +40,25 @@ def side_effect_ratio(worse: int, better: int) -> float | None:
     return worse / (worse + better) if worse + better else None
 
 
+def wilson_interval(count: int, of: int) -> tuple[float, float] | tuple[None, None]:
+    """Wilson's 95 % interval of a share ``count / of``; of nothing there is none.
+
+    Source:
+        Wilson 1927, Journal of the American Statistical Association 22.
+
+    Example:
+        >>> low, high = wilson_interval(1, 4)
+        >>> round(low, 3), round(high, 3)
+        (0.046, 0.699)
+    """
+    from scipy.stats import binomtest  # slow to import, and not needed before the end of a test
+
+    if not of:
+        return None, None
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def signed_rank_test(differences: Tensor) -> float:
     """Two-sided p-value of Wilcoxon's signed-rank test that differences ``(n,)`` are symmetric around 0.
 
@@ -60,14 +79,14 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
     The interval is the large-sample 95 % interval of the mean paired difference (normal quantile, sample
     variance of the differences); below about 30 changed samples trust the p-value rather than the interval. Rewards
     that differ by no more than 1e-6, which is rounding, count as equal. The test is McNemar's exact one for rewards of
-    0 and 1, Wilcoxon's signed-rank test for graded ones.
+    0 and 1, Wilcoxon's signed-rank test for graded ones. The side-effect ratio has Wilson's 95 % interval.
 
     Shape:
         - baseline, steered: ``(n,)``, rewards in [0, 1].
 
     Returns:
         ``n, reward_baseline, reward_steered, difference, ci_low, ci_high, p_value, test, better, worse, changed,
-        side_effect_ratio``; rewards and differences in [-1, 1], not percent.
+        side_effect_ratio, ser_low, ser_high``; rewards and differences in [-1, 1], not percent.
     """
     baseline, steered = baseline.cpu().double(), steered.cpu().double()
     difference = steered - baseline
@@ -75,6 +94,7 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
     n, mean = len(difference), difference.mean().item()
     half = Z_95 * difference.std().item() / math.sqrt(n) if n > 1 else math.nan
     better, worse = changes(baseline, steered)
+    ser_low, ser_high = wilson_interval(worse, better + worse)
     graded = bool(((baseline != baseline.round()) | (steered != steered.round())).any())
     return {
         "n": n,
@@ -89,18 +109,26 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
         "worse": worse,
         "changed": better + worse,
         "side_effect_ratio": side_effect_ratio(worse, better),
+        "ser_low": ser_low,
+        "ser_high": ser_high,
     }
 
 
 def compare_outcomes(outcomes: list[Outcome]) -> dict[str, Any]:
-    """:func:`paired_metrics` of all outcomes, and of each group under ``groups``."""
+    """:func:`paired_metrics` of all outcomes, and of each group under ``groups``.
+
+    Groups have a ``p_value_corrected`` too, by Benjamini and Hochberg over all groups, for with many groups some have a
+    small p-value by chance.
+    """
+    from scipy.stats import false_discovery_control
 
     def metrics(some: list[Outcome]) -> dict[str, Any]:
         pairs = torch.tensor([(o.reward_baseline, o.reward_steered) for o in some], dtype=torch.float64)
         return paired_metrics(pairs[:, 0], pairs[:, 1])
 
-    groups = sorted({group for o in outcomes for group in o.groups})
-    return {
-        **metrics(outcomes),
-        "groups": {group: metrics([o for o in outcomes if group in o.groups]) for group in groups},
-    }
+    names = sorted({group for o in outcomes for group in o.groups})
+    groups = {name: metrics([o for o in outcomes if name in o.groups]) for name in names}
+    corrected = false_discovery_control([group["p_value"] for group in groups.values()]) if groups else []
+    for group, p_value in zip(groups.values(), corrected, strict=True):
+        group["p_value_corrected"] = float(p_value)
+    return {**metrics(outcomes), "groups": groups}

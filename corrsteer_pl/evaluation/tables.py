@@ -59,8 +59,9 @@ def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
     table = Table(
         title=title,
         caption=(
-            f"reward in percent; interval: 95 %, paired; p: {metrics['test']}; SER: share of changed samples that got "
-            "worse"
+            f"reward in percent; interval: 95 %, paired; p: {metrics['test']}"
+            + (", of groups corrected by Benjamini and Hochberg" if metrics["groups"] else "")
+            + "; SER: share of changed samples that got worse, with Wilson's 95 % interval"
         ),
     )
     for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):
@@ -68,10 +69,15 @@ def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
     for name, m in {"all": metrics, **metrics["groups"]}.items():
         table.add_row(
             name, str(m["n"]), percent(m["reward_baseline"]), percent(m["reward_steered"]), percent(m["difference"]),
-            f"{percent(m['ci_low'])} .. {percent(m['ci_high'])}", f"{m['p_value']:.2g}", str(m["better"]),
-            str(m["worse"]), "-" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}",
+            f"{percent(m['ci_low'])} .. {percent(m['ci_high'])}", f"{m.get('p_value_corrected', m['p_value']):.2g}",
+            str(m["better"]), str(m["worse"]), _ratio(m),
         )  # fmt: skip
     return table
+
+
+def _ratio(m: dict[str, Any]) -> str:
+    ratio = m["side_effect_ratio"]
+    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f} .. {m['ser_high']:.2f})"
 
 
 def measures_table(measures: dict[str, dict[str, float | None]]) -> Table:

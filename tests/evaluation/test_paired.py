@@ -30,6 +30,30 @@ def test_counts_and_side_effect_ratio():
     assert side_effect_ratio(0, 0) is None
 
 
+def test_the_side_effect_ratio_has_wilsons_interval():
+    m = paired_metrics(torch.tensor([1.0] * 3 + [0.0] * 17), torch.tensor([0.0] * 3 + [1.0] * 17))
+    p, n, z = 3 / 20, 20, stats.norm.ppf(0.975)
+    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    expected = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+    assert [m["ser_low"], m["ser_high"]] == pytest.approx(expected)
+    nothing = paired_metrics(torch.zeros(4), torch.zeros(4))
+    assert (nothing["ser_low"], nothing["ser_high"]) == (None, None)
+
+
+def test_p_values_of_groups_are_corrected_for_their_number():
+    def outcomes(group, better):
+        return [Outcome("i", "p", "g", (group,), "", "", 0.0, float(i < better)) for i in range(10)]
+
+    m = compare_outcomes([o for group, better in enumerate((8, 5, 0, 6)) for o in outcomes(str(group), better)])
+    p = np.array([group["p_value"] for group in m["groups"].values()])
+    order = np.argsort(p)
+    stepped = np.minimum.accumulate((p[order] * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
+    expected = np.empty_like(p)
+    expected[order] = np.minimum(stepped, 1)
+    assert [group["p_value_corrected"] for group in m["groups"].values()] == pytest.approx(expected.tolist())
+    assert "p_value_corrected" not in m
+
+
 def test_nothing_changed():
     m = paired_metrics(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
     assert (m["difference"], m["changed"], m["p_value"], m["side_effect_ratio"]) == (0, 0, 1, None)
