@@ -64,6 +64,11 @@ def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
             + "; SER: share of changed samples that got worse, with Wilson's 95 % interval"
         ),
     )
+    if noise := metrics.get("noise_floor"):
+        table.caption = (
+            f"{table.caption}\nnoise floor: unsteered once more in other batches, {noise['flips']} of {noise['n']} "
+            f"answers read otherwise, {noise['better']} are better, {noise['worse']} worse, SER {_ratio(noise)}"
+        )
     for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, m in {"all": metrics, **metrics["groups"]}.items():

@@ -105,6 +105,7 @@ class CorrSteer(Method):
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
             for as many as about a gibibyte, or a sixteenth of a GPU's memory, allows.
+        noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
 
     Attributes:
         selection: What the fit chose, after validation; None before.
@@ -160,6 +161,7 @@ class CorrSteer(Method):
         sae_revision: str | None = None,
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
+        noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
         llm, saes = self.llm_name, local_name(saes)

@@ -9,6 +9,7 @@ from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes
 from corrsteer_pl.methods.answering import Answering
+from corrsteer_pl.methods.noise import NoiseFloor
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.strategy import gather_lists
 from corrsteer_pl.tasks import Task
@@ -62,10 +63,14 @@ class PairedEvaluation(LightningModule, ABC):
         """Forget earlier outcomes."""
         self._numbered: list[tuple[int, Outcome]] = []
         self._compared = self._comparison_if_fitted()
+        unchanged = next(iter(self._compared.groups(1)))
+        self._noise = NoiseFloor(self.answering, unchanged) if self.hparams.get("noise_floor") else None
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Answer with and without the change, from one prefill, and score both."""
         (baseline, before), (changed, after) = self.answering.compare(batch, self._compared)
+        if self._noise:
+            self._noise.step(batch, baseline, before)
         rewards = before.tolist(), after.tolist()
         for i, example in enumerate(batch.examples):
             if batch.weight[i]:
@@ -86,6 +91,8 @@ class PairedEvaluation(LightningModule, ABC):
         self.metrics["measures"] = {
             name: {"baseline": value, "steered": steered[name]} for name, value in baseline.items()
         }
+        if self._noise:
+            self.metrics["noise_floor"] = self._noise.result()
         numbers = {name: float(value) for name, value in self.metrics.items() if isinstance(value, (int, float))}
         self.log_dict({f"test/{name}": value for name, value in numbers.items()}, sync_dist=True)
 
