@@ -15,7 +15,7 @@ from corrsteer_pl.files import LAST
 from corrsteer_pl.methods.registry import DEFAULT
 from corrsteer_pl.options import import_paths
 
-STAGES = ("fit", "validate", "test", "predict")
+STAGES = ("fit", "validate", "test", "predict", "transfer")
 # The groups of options, each with a common prefix.
 PARTS = ("model", "data", "trainer", "results")
 RUNS = Path("checkpoints")
@@ -23,7 +23,7 @@ RUNS = Path("checkpoints")
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 # Options whose values are dictionaries.
-NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args")
+NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args", "model.budget")
 CODE = "model.llm_args.trust_remote_code"
 FLAGS = ("-h", "--help", "--print_config")
 
@@ -50,6 +50,25 @@ def _configs_first(args: Sequence[str]) -> list[str]:
         else:
             others.append(argument)
     return [*args[:1], *configs, *others]
+
+
+def split_options(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of some options, and all arguments but these.
+
+    Example:
+        >>> split_options(["--config", "a", "--x=1", "--config=b"], ["--config"])
+        (['a', 'b'], ['--x=1'])
+    """
+    values: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in names:
+            values += [value] if equals else islice(rest, 1)
+        else:
+            others.append(argument)
+    return values, others
 
 
 def _find_config(name: str) -> str:

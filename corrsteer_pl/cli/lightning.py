@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from corrsteer_pl.files import LAST, check_writable, write_atomically
 from corrsteer_pl.methods.provenance import check_method, read_checkpoint, settings_of
 from corrsteer_pl.methods.registry import method_class
 from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.models.llm import LanguageModel
 
 # Trainer options that a test's results are named after.
 LIMITS = ("limit_test_batches", "limit_predict_batches")
@@ -44,13 +46,19 @@ def run_stage(args: list[str]) -> int:
     Raises:
         UserError: A mistake of the user.
     """
+    return guarded(_diagnose if args[0] == "doctor" else run_once, args)
+
+
+def guarded(run: Callable[[list[str], dict[str, Any]], object], args: list[str]) -> int:
+    """Run what takes arguments, and what they say, with an exit status for whatever may end it.
+
+    Raises:
+        UserError: A mistake of the user.
+    """
     quieten_lightning()
     given = given_options(args)
     try:
-        if args[0] == "doctor":
-            _diagnose(args, given)
-        else:
-            _run(args, given)
+        run(args, given)
     except ValueError as error:
         if "val_check_interval" not in str(error):
             raise
@@ -84,18 +92,27 @@ def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
     return 128 + how
 
 
-def _run(args: list[str], given: dict[str, Any]) -> None:
+def run_once(args: list[str], given: dict[str, Any], llm: LanguageModel | None = None) -> "_Cli":
+    """Run a stage.
+
+    Args:
+        args: Its name and its arguments.
+        given: What :func:`given_options` says of them.
+        llm: The language model, if it has been loaded already.
+
+    Returns:
+        The command line that has run, with its method as ``model``, its data and its trainer.
+    """
     printing = any(argument.partition("=")[0] == "--print_config" for argument in args)
     path = None if printing else checkpoint_path(args[0], given)
     if path is None:
-        _Cli(given_method(args), with_whole_dicts(args), given)
-        return
+        return _Cli(given_method(args), with_whole_dicts(args), given)
     record, settings = settings_of(read_checkpoint(path))
     method = str(given.get("method", record.method))
     check_method(record.method, method)
     transfer = given.get("data.task", settings["data"].get("task")) != settings["data"].get("task")
     stored = {**settings, "data": {} if transfer else settings["data"]}
-    _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored)
+    return _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored, llm=llm)
 
 
 def _diagnose(args: list[str], given: dict[str, Any]) -> None:
@@ -137,6 +154,7 @@ class _Cli(LightningCLI):
         given: What the user gave.
         stored: The options ``model`` and ``data`` of the checkpoint, if there is one.
         run: Whether to run the command.
+        llm: The language model, if it has been loaded already.
     """
 
     def __init__(
@@ -146,8 +164,9 @@ class _Cli(LightningCLI):
         given: dict[str, Any],
         stored: dict[str, Any] | None = None,
         run: bool = True,
+        llm: LanguageModel | None = None,
     ) -> None:
-        self._method, self._given, self._stored = method, given, stored
+        self._method, self._given, self._stored, self._llm = method, given, stored, llm
         super().__init__(
             method_class(method),
             TaskDataModule,
@@ -205,6 +224,8 @@ class _Cli(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if self._llm is not None:
+            self.model.llm = self._llm
         # Check before other processes start, so that the error is raised once.
         self.model.check_processes(self.trainer.world_size)
 
@@ -241,7 +262,7 @@ class _Cli(LightningCLI):
     def after_test(self) -> None:
         metrics = self.model.metrics
         title = f"Test of {self.datamodule.hparams['task']}, {self.model.task.reward_name}"
-        self._show(metrics_table(title, metrics))
+        self._show(metrics_table(title, {"all": metrics, **metrics["groups"]}))
         if metrics["measures"]:
             self._show(measures_table(metrics["measures"]))
         self._show(self._written)

@@ -70,6 +70,12 @@ def groups(command: str, method: str) -> dict[str, Group]:
     ]
     if command != "doctor":
         general.append(Option("ckpt_path", "file", "" if command == "fit" else None, CHECKPOINT))
+    if command == "transfer":
+        general[0] = Option("config", "file", None, "Configuration of a task; each is tested on its own.")
+        general += [
+            Option("text", "file", "", "JSONL, CSV or parquet file with plain text in the column text, for its loss."),
+            Option("text_rows", "int", "200", "How many of its rows are read."),
+        ]
     return {
         "": Group("general", tuple(general)),
         "model": Group(f"the method {method}, and its language model", _options(method_path(method), "model.")),

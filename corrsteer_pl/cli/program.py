@@ -28,11 +28,13 @@ class Command:
 
 
 STAGE, PLAIN = "corrsteer_pl.cli.lightning:run_stage", "corrsteer_pl.cli.plain:run"
+TRANSFER = "corrsteer_pl.cli.transfer:run"
 COMMANDS = {
     "fit": Command("Correlate features with rewards, test the candidates, and select those that help.", STAGE),
     "validate": Command("Test the candidates of a fit again on the validation split.", STAGE),
     "test": Command("Compare steered with unsteered answers to the same questions.", STAGE),
     "predict": Command("Write steered and unsteered answers side by side, without judging them.", STAGE),
+    "transfer": Command("Test a fit on the task of each configuration, and on plain text, side by side.", TRANSFER),
     "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
     "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),
 }

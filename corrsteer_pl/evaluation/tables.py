@@ -54,35 +54,37 @@ def _strength(strength: Strength) -> str:
     return " ".join([f"{percent(strength.reward)} %", *([f"({', '.join(costs)})"] if costs else [])])
 
 
-def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
-    """Unsteered against steered, with a line for each group."""
+def metrics_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """Unsteered against steered, in a line for each of several metrics by name."""
+    tests = dict.fromkeys(m["test"] for m in rows.values())
+    corrected = any("p_value_corrected" in m for m in rows.values())
     table = Table(
         title=title,
         caption=(
-            f"reward in percent; interval: 95 %, paired; p: {metrics['test']}"
-            + (", of groups corrected by Benjamini and Hochberg" if metrics["groups"] else "")
+            f"reward in percent; interval: 95 %, paired; p: {' or '.join(tests)}"
+            + (", of groups corrected by Benjamini and Hochberg" if corrected else "")
             + "; SER: share of changed samples that got worse, with Wilson's 95 % interval"
         ),
     )
-    if noise := metrics.get("noise_floor"):
-        table.caption = (
-            f"{table.caption}\nnoise floor: unsteered once more in other batches, {noise['flips']} of {noise['n']} "
-            f"answers read otherwise, {noise['better']} are better, {noise['worse']} worse, SER {_ratio(noise)}"
-        )
     for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, m in {"all": metrics, **metrics["groups"]}.items():
+    for name, m in rows.items():
         table.add_row(
             name, str(m["n"]), percent(m["reward_baseline"]), percent(m["reward_steered"]), percent(m["difference"]),
             f"{percent(m['ci_low'])} .. {percent(m['ci_high'])}", f"{m.get('p_value_corrected', m['p_value']):.2g}",
             str(m["better"]), str(m["worse"]), _ratio(m),
         )  # fmt: skip
+        if noise := m.get("noise_floor"):
+            table.caption = (
+                f"{table.caption}\nnoise floor: unsteered once more in other batches, {noise['flips']} of {noise['n']} "
+                f"answers read otherwise, {noise['better']} are better, {noise['worse']} worse, SER {_ratio(noise)}"
+            )
     return table
 
 
 def _ratio(m: dict[str, Any]) -> str:
     ratio = m["side_effect_ratio"]
-    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f} .. {m['ser_high']:.2f})"
+    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f}..{m['ser_high']:.2f})"
 
 
 def measures_table(measures: dict[str, dict[str, float | None]]) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import NothingToLearn
 from corrsteer_pl.evaluation.paired import paired_metrics
+from corrsteer_pl.evaluation.text_loss import text_loss
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
@@ -27,7 +28,6 @@ from corrsteer_pl.results.controls import (
     random_vectors,
     without_repetitions,
 )
-from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import describe_features
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds

@@ -173,7 +173,7 @@ def test_numbers_and_lists_are_told_apart():
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["fitt"], "the command 'fitt' is not known; choose one of fit, validate, test, predict, doctor, train_saes"),
+        (["fitt"], "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, train_saes"),
         (["fit", "--config", "x" * 300], "was found neither as given nor in configs/"),
         (["fit", "--config", "demo.yaml", "--data.path", "x" * 300], "which does not exist"),
         (["fit", "--config", "demo.yaml", "--data.seed", "9" * 20], "it is a whole number from 0 to"),
@@ -197,7 +197,7 @@ def test_what_looks_like_markup_is_shown_as_it_is(tmp_path, monkeypatch, capsys)
     module, trainer = CorrSteer("demo", "demo", layers=[1], rule="all", check_alignment="off"), make_trainer()
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
-    show(metrics_table("Test [bold]", module.metrics))
+    show(metrics_table("Test [bold]", module.metrics["groups"]))
     shown = capsys.readouterr().out
     assert "[/x] :train:" in shown
     assert "Test [bold]" in shown

@@ -12,6 +12,7 @@ from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.demo.corpus import World
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import paired_metrics
+from corrsteer_pl.evaluation.text_loss import text_loss
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
@@ -19,7 +20,6 @@ from corrsteer_pl.models.decoding.decode import Decoder, Padded
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results import __main__ as results
 from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
-from corrsteer_pl.results.damage import text_loss
 from corrsteer_pl.results.features import likelier_tokens, snippets
 from corrsteer_pl.results.page import page, verdict
 from corrsteer_pl.results.picture import Point, draw
