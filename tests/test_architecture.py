@@ -15,7 +15,7 @@ PLAN = [
     "models", "tasks", "rewards", "hub", "options", "files", "demo", "errors", "version",
 ]  # fmt: skip
 # Scripts that nothing imports stand above the plan.
-ABOVE = {"__init__", "__main__", "demo.build", "demo.results"}
+ABOVE = {"__init__", "__main__", "demo.build", "demo.results", "demo.rules"}
 ROOT = Path(corrsteer_pl.__file__).parent
 MODULES = [name for _, name, _ in pkgutil.walk_packages([str(ROOT)], "corrsteer_pl.")]
 

@@ -91,14 +91,14 @@ def test_the_pruned_selection_beats_unsteered_random_and_shuffled(task):
 
 
 def test_shuffled_rewards_are_those_of_any_other_samples(monkeypatch):
-    monkeypatch.setattr(results, "FIT", {"train_size": 100, "val_size": 16, "batch_size": 32})
+    monkeypatch.setattr(results, "SIZES", {"train_size": 100, "val_size": 16, "batch_size": 32})
     recorded = results.RecordedFit("demo", "demo")
-    data = results._fit(recorded, "demo_qa", 0)
+    data = results.fit_demo(recorded, "demo_qa", 0)
     shuffled = results.ShuffledRewards.after(recorded, 0)
     assert sorted(shuffled.dealt.tolist()) == sorted(recorded.recorded.tolist())
     # A reward of its own for every sample shows where it goes.
     shuffled.dealt = torch.linspace(0, 1, 100, dtype=torch.float64)[torch.randperm(100)]
-    results._fit(shuffled, "demo_qa", 0)
+    results.fit_demo(shuffled, "demo_qa", 0)
     expected, true = torch.zeros(shuffled.saes[1].d_sae, dtype=torch.float64), []
     for example, reward in zip(data.examples["train"], shuffled.dealt, strict=True):
         reader = PoolReader({1: shuffled.saes[1]}, ["max"])

@@ -27,7 +27,7 @@ from corrsteer_pl.version import commit
 TASKS = ("demo_qa", "demo_refusal")
 SEEDS = (0, 1, 2)
 DRAWS = 10
-FIT: dict[str, Any] = {"train_size": 2000, "val_size": 300, "batch_size": 32}
+SIZES: dict[str, Any] = {"train_size": 2000, "val_size": 300, "batch_size": 32}
 HEADER = (
     "| task | seed | unsteered | steered | difference [95 %] | p | SER | random features | shuffled rewards |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
@@ -59,9 +59,9 @@ class Result:
 def run(task: str, seed: int) -> Result:
     """Fit, draw the controls, and test all of them on the same questions."""
     module = RecordedFit("demo", "demo")
-    data = _fit(module, task, seed)
+    data = fit_demo(module, task, seed)
     shuffled = ShuffledRewards.after(module, seed)
-    _fit(shuffled, task, seed)
+    fit_demo(shuffled, task, seed)
     features = module.selection.features if module.selection else ()
     draws = [random_vectors(module, features, seed * DRAWS + draw) for draw in range(DRAWS)]
     variants = [{}, module.steering_vectors(), shuffled.steering_vectors(), *draws]
@@ -71,8 +71,9 @@ def run(task: str, seed: int) -> Result:
     return Result(task, seed, metrics, [r.mean().item() for r in others], wrong.mean().item())
 
 
-def _fit(module: CorrSteer, task: str, seed: int) -> TaskDataModule:
-    data = TaskDataModule(task, seed=seed, **FIT)
+def fit_demo(module: CorrSteer, task: str, seed: int) -> TaskDataModule:
+    """Fit a method on a task of the embedded world; the data that it was fitted on."""
+    data = TaskDataModule(task, seed=seed, **SIZES)
     Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -85,7 +86,7 @@ def table(results: list[Result], seconds: float) -> str:
     n = {result.task: result.metrics["n"] for result in results}
     prompts = " and ".join(f"{count} {task}" for task, count in n.items())
     note = (
-        f"\nReward in percent on {prompts} test prompts; {FIT['train_size']} prompts to fit, {FIT['val_size']} to "
+        f"\nReward in percent on {prompts} test prompts; {SIZES['train_size']} prompts to fit, {SIZES['val_size']} to "
         "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
         "the same fit with the rewards of all prompts permuted, validated on true ones.\n"

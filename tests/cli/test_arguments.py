@@ -173,7 +173,10 @@ def test_numbers_and_lists_are_told_apart():
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["fitt"], "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, train_saes"),
+        (
+            ["fitt"],
+            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, train_saes",
+        ),
         (["fit", "--config", "x" * 300], "was found neither as given nor in configs/"),
         (["fit", "--config", "demo.yaml", "--data.path", "x" * 300], "which does not exist"),
         (["fit", "--config", "demo.yaml", "--data.seed", "9" * 20], "it is a whole number from 0 to"),

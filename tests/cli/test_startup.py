@@ -38,7 +38,10 @@ def test_help_imports_nothing_large(args):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["fitt"], "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, train_saes."),
+        (
+            ["fitt"],
+            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, train_saes",
+        ),
         (["fit", "--config", "nix.yaml"], "the configuration 'nix.yaml' was found neither as given nor in configs/"),
         (["fit", "--config"], "--config needs a configuration file after it"),
         (["fit", "--model.scal", "2"], "there is no option model.scal; the nearest are model.scale,"),
