@@ -131,7 +131,7 @@ def _memory(method: Method, inspection: Inspection, batch: Batch) -> Table:
         together = decoder.together(batch, inspection.variants, branches)
         parts[f"{together} variants of them at once"] = together * decoder.size_of_variant(batch, branches)
         validation = len(method.datamodule.examples["validation"])
-        kept = min(decoder.budget, prompts * validation // len(batch.examples))
+        kept = min(decoder.keeps, prompts * validation // len(batch.examples))
         parts["validation prompts that are kept, about"] = kept
     facts = {name: _size(size) for name, size in parts.items()}
     facts["predicted in all"] = f"{_size(sum(parts.values()))}, and the activations of one block"

@@ -28,7 +28,7 @@ class Trial:
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._rewards = Rewards().to(self._device)
         self._batches: list[Batch] = []
-        self._kept = KeptPrompts(answering.decoder.budget)
+        self._kept = KeptPrompts(answering.decoder.keeps)
 
     def step(self, batch: Batch) -> None:
         """Answer one batch under every variant, and keep the rewards."""

@@ -262,6 +262,11 @@ class Decoder:
         """Bytes that variants may take beside the model."""
         return budget(self.llm.device)
 
+    @property
+    def keeps(self) -> int:
+        """Bytes of keys and values that may be kept of prompts for further variants: half of that."""
+        return self.budget // 2
+
     def _affordable(self, prompts: Prompts, branches: bool) -> int:
         """How many variants the memory budget allows."""
         most = self.budget // self.size_of_variant(prompts, branches)
