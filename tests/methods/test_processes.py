@@ -111,8 +111,10 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
     slow = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1", *options]
     process = subprocess.Popen(
-        command, cwd=folder, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+        command, cwd=folder, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        # Ctrl-C is ignored by whatever runs in the background of a shell, these tests perhaps, and by its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     last = Path(folder) / "checkpoints/demo/last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists():
