@@ -11,6 +11,8 @@ from corrsteer_pl.results.tables import NOTE, table
 
 # From this reward on, or up to one minus it, a task leaves no room to judge by.
 FULL = 0.99
+# p-values below this tell a difference from chance.
+LEVEL = 0.05
 
 
 def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[str, Any] | None, picture: str) -> str:
@@ -23,7 +25,8 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
         f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, with "
         f"at most {found['peak_mib']:.0f} MiB of memory, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.{unfinished} "
-        "Nothing was chosen on test prompts.\n"
+        "Nothing was chosen on test prompts. Better or worse: the paired test of a seed has p below "
+        f"{LEVEL:g}; clearly: that of every seed.\n"
     )
     said = {name: f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()}
     lines += ["## What came out\n", *(line for name, line in said.items() if not plan.tasks[name].model)]
@@ -58,13 +61,13 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
             "so nothing was selected."
         )
     words = [f"{name}: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
-    words.append(_clear("the unsteered model", m["ci_low"], m["ci_high"]))
+    words.append(_clear("the unsteered model", m["differences"], m["p_values"]))
     selected, seeds = sum(map(bool, m["vectors"])), len(m["vectors"])
     if selected < seeds:
         words.append(f"{selected} of {seeds} seeds selected anything")
     if above := task["above_random"]:
-        times = "" if len(above) == 1 else f" in {sum(above)} of {len(above)} seeds"
-        beaten = "above all" if any(above) else "not above all"
+        beaten, count = "above all" if any(above) else "not above all", sum(above) or "any"
+        times = "" if len(above) == 1 else f" in {count} of {len(above)} seeds"
         words.append(
             f"{beaten} draws of random features{times} (highest {percent(task['systems'][RANDOM]['highest'])} %)"
         )
@@ -73,15 +76,26 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
     shuffled = task["systems"][SHUFFLED]["reward"]
     words.append(f"{100 * (m['reward'] - shuffled):+.1f} points against shuffled rewards")
     for way, found in task["against"].items():
-        difference, low, high = (mean(one[key] for one in found) for key in ("difference", "ci_low", "ci_high"))
-        words.append(f"{way} instead: {_clear('steering', low, high)} ({100 * difference:+.1f} points)")
+        differences, p_values = ([one[key] for one in found] for key in ("difference", "p_value"))
+        apart = _clear("steering", differences, p_values)
+        words.append(f"{way} instead: {apart} ({100 * mean(differences):+.1f} points)")
     return "; ".join(words) + "."
 
 
-def _clear(what: str, low: float, high: float) -> str:
-    if low <= 0 <= high:
-        return f"not told apart from {what}"
-    return f"clearly {'better' if low > 0 else 'worse'} than {what}"
+def _clear(what: str, differences: Sequence[float], p_values: Sequence[float]) -> str:
+    """In how many seeds a difference from something is told apart from chance."""
+    seeds = len(differences)
+    pairs = list(zip(differences, p_values, strict=True))
+    counts = {
+        "better": sum(difference > 0 and p < LEVEL for difference, p in pairs),
+        "worse": sum(difference < 0 and p < LEVEL for difference, p in pairs),
+    }
+    said = [
+        f"clearly {way} than {what}" if count == seeds else f"{way} than {what} in {count} of {seeds} seeds"
+        for way, count in counts.items()
+        if count
+    ]
+    return ", ".join(said) or f"not told apart from {what}"
 
 
 def _second_judge(found: dict[str, Any]) -> str:

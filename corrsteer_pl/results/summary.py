@@ -73,6 +73,7 @@ def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
         "difference": mean(m["difference"] for m in found),
         "ci_low": mean(m["ci_low"] for m in found),
         "ci_high": mean(m["ci_high"] for m in found),
+        "differences": [m["difference"] for m in found],
         "p_values": [m["p_value"] for m in found],
         "side_effect_ratio": mean(ratios) if ratios else None,
         "vectors": [m.get("vectors") for m in found] if system != RANDOM else None,

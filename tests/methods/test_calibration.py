@@ -73,7 +73,6 @@ def test_candidates_are_tried_at_one(fitted):
     assert fitted[0].selection.candidates == plain.selection.candidates
 
 
-@pytest.mark.filterwarnings("ignore:the 2 selected features reach:UserWarning")  # at the strength that is left
 def test_a_budget_limits_the_divergence_of_the_first_token(fitted):
     free = fitted[0].selection
     module, _ = fit(scale=SCALES, budget={"kl": 1e9})

@@ -12,7 +12,6 @@ QUIET = "--trainer.enable_progress_bar=false"
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the .* selected features reach:UserWarning")  # so small a model overshoots
 @pytest.mark.skipif(not (STORIES.exists() and TEXTS.exists()), reason="the TinyStories model or texts are absent")
 def test_stories_are_steered_towards_direct_speech(tmp_path):
     run_here(

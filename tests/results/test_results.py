@@ -236,17 +236,17 @@ def test_likelier_tokens_are_the_heads_own(llm):
     assert likelier_tokens(llm, head[300])[0] == llm.tokenizer.decode([int((head @ head[300]).argmax())])
 
 
-def metrics(reward, low=0.0, high=0.0, vectors=(1,)):
+def metrics(reward, differences=(0.0,), p_values=(1.0,), vectors=(1,)):
     return {
-        "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "ci_low": low, "ci_high": high,
-        "vectors": list(vectors), "difference": 0.0, "harmless": -0.02,
+        "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "differences": list(differences),
+        "p_values": list(p_values), "vectors": list(vectors), "difference": 0.0, "harmless": -0.02,
     }  # fmt: skip
 
 
 def test_the_verdict_follows_the_figures():
     systems = {
         UNSTEERED: metrics(0.5),
-        "foreach": metrics(0.6, 0.05, 0.15),
+        "foreach": metrics(0.6, [0.1], [0.01]),
         SHUFFLED: metrics(0.5),
         RANDOM: metrics(0.7),
     }
@@ -254,7 +254,7 @@ def test_the_verdict_follows_the_figures():
         "fit_rewards": [0.4],
         "above_random": [False],
         "systems": systems,
-        "against": {"system prompt": [{"difference": 0.2, "ci_low": 0.1, "ci_high": 0.3}]},
+        "against": {"system prompt": [{"difference": 0.2, "p_value": 0.001}]},
     }
     said = verdict("t", task, "foreach")
     assert "clearly better than the unsteered model; not above all draws" in said
@@ -262,11 +262,20 @@ def test_the_verdict_follows_the_figures():
     assert "harmless requests -2.0 points" in said
     assert verdict("t", task, "foreach", "as asked").startswith("**t** (as asked): unsteered")
     assert "system prompt instead: clearly better than steering (+20.0 points)" in said
+    systems["foreach"] = metrics(0.5, [0.3, -0.2, 0.1, 0.0], [0.01, 0.04, 0.07, 1.0])
+    task["above_random"] = [False, True]
+    said = verdict("t", task, "foreach")
+    assert "better than the unsteered model in 1 of 4 seeds, worse than the unsteered model in 1 of 4 seeds;" in said
+    assert "above all draws of random features in 1 of 2 seeds" in said
+    systems["foreach"] = metrics(0.5, [0.3], [0.06])
+    task["above_random"] = [False, False]
+    said = verdict("t", task, "foreach")
+    assert "not told apart from the unsteered model; not above all draws of random features in any of 2 seeds" in said
     systems["foreach"] = metrics(0.5, vectors=(0,))
     assert "nothing was selected" in verdict("t", task, "foreach")
     assert "nothing to correlate with" in verdict("t", {**task, "fit_rewards": [0.0]}, "foreach")
     systems[UNSTEERED] = metrics(0.0)
-    systems["foreach"] = metrics(0.9, 0.8, 1.0)
+    systems["foreach"] = metrics(0.9, [0.9], [0.0])
     assert "clearly better than the unsteered model" in verdict("t", task, "foreach")
     systems[UNSTEERED] = systems["foreach"] = metrics(1.0)
     assert "nothing to judge by" in verdict("t", task, "foreach")
