@@ -171,8 +171,10 @@ def _saes(saes: dict[str, Any]) -> str:
 
 
 def _times(found: dict[str, Any]) -> str:
-    text = "## How long it took\n\n| task | " + " | ".join(
-        parts := list(dict.fromkeys(part for task in found["tasks"].values() for part in task["seconds"]))
+    parts = list(dict.fromkeys(part for task in found["tasks"].values() for part in task["seconds"]))
+    text = (
+        "## How long it took\n\nWall-clock time of all seeds of a task together. Several processes may have shared the "
+        f"machine, and then each took longer.\n\n| task | {' | '.join(parts)}"
     )
     text += " |\n|" + "---|" * (len(parts) + 1) + "\n"
     for name, task in found["tasks"].items():
