@@ -36,7 +36,7 @@ def test_the_record_says_where_a_checkpoint_comes_from(whole):
     record = Provenance.read(torch.load(whole, weights_only=True))
     assert (record.format, record.method, record.counted) == (FORMAT, "corrsteer", 96)
     settled = {"pool": "max", "coefficient_pool": None, "coefficient": "mean", "score": "pearson", "site": "declared"}
-    assert record.settled == settled
+    assert record.settled == {**settled, "min_improvement": 0.0, "significance_level": None}
     assert record.resumed == {"dtype": "float32", "sae_dtype": "float32"}
     assert set(record.versions) == {"corrsteer_pl", "torch", "lightning", "transformers", "sae-lens"}
     assert set(record.saes["fingerprints"]) == {"0", "1", "2", "3"}
@@ -45,8 +45,11 @@ def test_the_record_says_where_a_checkpoint_comes_from(whole):
 
 def test_every_flipped_byte_of_the_contents_is_found(whole):
     data, path = whole.read_bytes(), whole.with_name("flipped.ckpt")
-    sums = data.find(torch.load(whole, weights_only=True)["state_dict"]["sums.merged.layer0_max.xx"].numpy().tobytes())
-    for place in (sums + 3, len(data) // 2):
+    loaded = torch.load(whole, weights_only=True)
+    direction = next(iter(loaded[KEY]["state"]["directions"].values()))
+    # Between the contents there is padding, in which a byte means nothing.
+    for tensor in (loaded["state_dict"]["sums.merged.layer0_max.xx"], direction):
+        place = data.find(tensor.numpy().tobytes()) + 3
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(UserError, match="is damaged or none at all"):
             read_checkpoint(path)

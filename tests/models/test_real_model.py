@@ -50,6 +50,7 @@ def test_stories_are_steered_towards_direct_speech(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* prompts are .* prompts too:UserWarning")  # real rows repeat themselves
 @pytest.mark.skipif(not MMLU.exists(), reason="the MMLU rows are absent")
 def test_real_mmlu_rows_run_through(tmp_path):
     sizes = ["--data.train_size=200", "--data.val_size=40", "--data.test_size=200"]
