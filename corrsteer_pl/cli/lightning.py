@@ -34,7 +34,6 @@ from corrsteer_pl.files import LAST, check_writable, write_atomically
 from corrsteer_pl.methods.provenance import check_method, read_checkpoint, settings_of
 from corrsteer_pl.methods.registry import method_class
 from corrsteer_pl.methods.run_files import RunFiles
-from corrsteer_pl.models.llm import LanguageModel
 
 # Trainer options that a test's results are named after.
 LIMITS = ("limit_test_batches", "limit_predict_batches")
@@ -92,13 +91,13 @@ def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
     return 128 + how
 
 
-def run_once(args: list[str], given: dict[str, Any], llm: LanguageModel | None = None) -> "_Cli":
+def run_once(args: list[str], given: dict[str, Any], like: Any = None) -> "_Cli":
     """Run a stage.
 
     Args:
         args: Its name and its arguments.
         given: What :func:`given_options` says of them.
-        llm: The language model, if it has been loaded already.
+        like: A method that has run, whose language model is taken over if it was loaded with the same options.
 
     Returns:
         The command line that has run, with its method as ``model``, its data and its trainer.
@@ -112,7 +111,7 @@ def run_once(args: list[str], given: dict[str, Any], llm: LanguageModel | None =
     check_method(record.method, method)
     transfer = given.get("data.task", settings["data"].get("task")) != settings["data"].get("task")
     stored = {**settings, "data": {} if transfer else settings["data"]}
-    return _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored, llm=llm)
+    return _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored, like=like)
 
 
 def _diagnose(args: list[str], given: dict[str, Any]) -> None:
@@ -154,7 +153,7 @@ class _Cli(LightningCLI):
         given: What the user gave.
         stored: The options ``model`` and ``data`` of the checkpoint, if there is one.
         run: Whether to run the command.
-        llm: The language model, if it has been loaded already.
+        like: A method that has run, whose language model is taken over if it was loaded with the same options.
     """
 
     def __init__(
@@ -164,9 +163,9 @@ class _Cli(LightningCLI):
         given: dict[str, Any],
         stored: dict[str, Any] | None = None,
         run: bool = True,
-        llm: LanguageModel | None = None,
+        like: Any = None,
     ) -> None:
-        self._method, self._given, self._stored, self._llm = method, given, stored, llm
+        self._method, self._given, self._stored, self._like = method, given, stored, like
         super().__init__(
             method_class(method),
             TaskDataModule,
@@ -224,8 +223,8 @@ class _Cli(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        if self._llm is not None:
-            self.model.llm = self._llm
+        if self._like is not None and _loaded_by(self._like) == _loaded_by(self.model):
+            self.model.llm = self._like.llm
         # Check before other processes start, so that the error is raised once.
         self.model.check_processes(self.trainer.world_size)
 
@@ -269,6 +268,11 @@ class _Cli(LightningCLI):
 
     def after_predict(self) -> None:
         self._show(self._written)
+
+
+def _loaded_by(method: Any) -> tuple[Any, ...]:
+    """What decides which language model a method loads."""
+    return method.llm_name, method.dtype_name, method.llm_args
 
 
 def _csv_logger(folder: str) -> dict[str, Any]:

@@ -31,14 +31,15 @@ def _transfer(args: list[str], given: dict[str, Any]) -> None:
         raise UserError("transfer needs tasks to test on. Name the configuration of each: --config a.yaml.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two configurations are named {twice[0]}, and results are told apart by it. Rename one.")
-    checkpoint_path("transfer", given)
+    if checkpoint_path("transfer", given) != Path(str(given["ckpt_path"])):
+        raise UserError("--ckpt_path last is another run for each task. Give the checkpoint of one fit by its path.")
     texts = _texts(given)
-    llm, found = None, {}
+    method, found = None, {}
     for name, config in zip(names, configs, strict=True):
         stage = ["test", "--config", config, *others]
-        cli = run_once(stage, given_options(stage), llm)
-        llm, found[name] = cli.model.llm, cli.model.metrics
-    loss = _losses(cli.model, texts) if texts else None
+        cli = run_once(stage, given_options(stage), method)
+        method, found[name] = cli.model, cli.model.metrics
+    loss = _losses(method, texts) if texts else None
     if cli.trainer.is_global_zero:
         folder = Path(cli.trainer.default_root_dir)
         write_json(folder / "transfer.json", {"tasks": found, "text_loss": loss})

@@ -9,6 +9,7 @@ from corrsteer_pl.cli.program import main
 from corrsteer_pl.evaluation.text_loss import text_loss
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.models.llm import LanguageModel
 from tests.conftest import run_here
 
 QUIET = "--trainer.enable_progress_bar=false"
@@ -49,10 +50,26 @@ def test_every_configuration_is_tested_as_on_its_own(here, llm, capsys):
     assert found["text_loss"] == pytest.approx(expected)
 
 
+def test_a_model_is_loaded_again_only_with_other_options(here, monkeypatch):
+    loaded = []
+    load = LanguageModel.load.__func__
+    monkeypatch.setattr(
+        LanguageModel,
+        "load",
+        classmethod(lambda cls, name, dtype, **more: loaded.append(dtype) or load(cls, name, dtype, **more)),
+    )
+    low = "model: {dtype: bfloat16}\ndata: {task: demo_refusal}\n"
+    (here / "low.yaml").write_text(low, encoding="utf-8")
+    tasks = ["--config=demo.yaml", "--config=demo_refusal.yaml", "--config=low.yaml"]
+    assert main([*TRANSFER, *tasks, "--data.test_size=16", QUIET]) == 0
+    assert loaded == ["float32", "bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["transfer", "--config=demo.yaml"], "transfer needs the checkpoint of a fit"),
+        (["transfer", "--ckpt_path=last", "--config=demo.yaml"], "--ckpt_path last is another run for each task"),
         (TRANSFER, "transfer needs tasks to test on"),
         ([*TRANSFER, "--config=demo.yaml", "--config=demo.yaml"], "two configurations are named demo"),
         ([*TRANSFER, "--config=demo.yaml", "--text=nix.jsonl"], "--text names nix.jsonl, which is no file"),
