@@ -8,6 +8,7 @@ coefficients. Shuffled: the same fit with the rewards of all samples permuted, v
 import argparse
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,9 @@ def fit_demo(module: CorrSteer, task: str, seed: int) -> TaskDataModule:
     return data
 
 
-def table(results: list[Result], seconds: float) -> str:
-    """The results as Markdown, with what a reader needs to judge them."""
+def table(found: dict[str, list[Result]], seconds: float) -> str:
+    """The results of each task as Markdown, with what a reader needs to judge them."""
+    results = [result for some in found.values() for result in some]
     n = {result.task: result.metrics["n"] for result in results}
     prompts = " and ".join(f"{count} {task}" for task, count in n.items())
     note = (
@@ -90,26 +92,48 @@ def table(results: list[Result], seconds: float) -> str:
         "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
         "the same fit with the rewards of all prompts permuted, validated on true ones.\n"
-        f"Measured at commit {commit()} with {torch.get_num_threads()} threads of {platform.machine()}, "
-        f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.results`.\n"
+        f"{how(seconds, 'results')}"
     )
     return HEADER + "".join(map(str, results)) + note
 
 
-def main() -> None:
-    """Measure, print, and write into a README if one is named."""
-    parser = argparse.ArgumentParser(description="Results on the embedded world, with controls.")
-    parser.add_argument("--readme", type=Path, help="file to write the table into, between its marks")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+def how(seconds: float, script: str) -> str:
+    """On what something was measured, and by which script of this package."""
+    return (
+        f"Measured at commit {commit()} with {torch.get_num_threads()} threads of {platform.machine()}, "
+        f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.{script}`.\n"
+    )
+
+
+def measure(
+    about: str,
+    seeds: Sequence[int],
+    run: Callable[[str, int], Any],
+    table: Callable[[dict[str, list[Any]], float], str],
+    place: tuple[str, str],
+) -> None:
+    """Measure each task with each seed, print the table, and write it into a file if one is named.
+
+    Args:
+        about: What is measured.
+        seeds: Seeds unless others are given.
+        run: Measures a task with a seed.
+        table: Makes a table of what was measured of each task, and of how many seconds that took.
+        place: The option that names the file, and the mark in it.
+    """
+    option, mark = place
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument(option, dest="file", type=Path, help="file to write the table into, between its marks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     options = parser.parse_args()
     quieten_lightning()
     start = time.monotonic()
-    results = [run(task, seed) for task in TASKS for seed in options.seeds]
-    text = table(results, time.monotonic() - start)
+    found = {task: [run(task, seed) for seed in options.seeds] for task in TASKS}
+    text = table(found, time.monotonic() - start)
     print(text)  # noqa: T201
-    if options.readme:
-        write_between(options.readme, "demo results", text)
+    if options.file:
+        write_between(options.file, mark, text)
 
 
 if __name__ == "__main__":
-    main()
+    measure("Results on the embedded world, with controls.", SEEDS, run, table, ("--readme", "demo results"))

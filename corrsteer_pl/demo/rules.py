@@ -4,24 +4,15 @@ Each seed of each task has one fit. All rules choose among its candidates, by th
 are tested on the same questions.
 """
 
-import argparse
-import platform
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
-from corrsteer_pl.cli.lightning import quieten_lightning
-from corrsteer_pl.demo.results import SIZES, TASKS, fit_demo
+from corrsteer_pl.demo.results import SIZES, fit_demo, how, measure
 from corrsteer_pl.evaluation.paired import paired_metrics
-from corrsteer_pl.files import write_between
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.results.controls import answers_under
 from corrsteer_pl.selection import Feature, reselect
-from corrsteer_pl.version import commit
 
 SEEDS = (0, 1, 2, 3, 4)
 SCALES = [0.25, 0.5, 1, 1.5, 2]
@@ -66,26 +57,10 @@ def table(found: dict[str, list[dict[str, dict[str, Any]]]], seconds: float) -> 
         f"\nPoints of reward gained on the test prompts, mean and deviation over {seeds} seeds of one fit each "
         f"({SIZES['train_size']} prompts to fit, {SIZES['val_size']} to validate). Strengths to choose from: "
         f"{', '.join(f'{scale:g}' for scale in SCALES)}, without a budget.\n"
-        f"Measured at commit {commit()} with {torch.get_num_threads()} threads of {platform.machine()}, "
-        f"torch {torch.__version__}, float32, in {seconds:.0f} s, by `python -m corrsteer_pl.demo.rules`.\n"
+        f"{how(seconds, 'rules')}"
     )
     return HEADER + "".join(lines) + note
 
 
-def main() -> None:
-    """Measure, print, and write into a page if one is named."""
-    parser = argparse.ArgumentParser(description="Rules of selection on the embedded world.")
-    parser.add_argument("--page", type=Path, help="file to write the table into, between its marks")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    options = parser.parse_args()
-    quieten_lightning()
-    start = time.monotonic()
-    found = {task: [run(task, seed) for seed in options.seeds] for task in TASKS}
-    text = table(found, time.monotonic() - start)
-    print(text)  # noqa: T201
-    if options.page:
-        write_between(options.page, "demo rules", text)
-
-
 if __name__ == "__main__":
-    main()
+    measure("Rules of selection on the embedded world.", SEEDS, run, table, ("--page", "demo rules"))

@@ -46,26 +46,23 @@ class NoiseFloor:
 
 def _halves(batch: Batch) -> list[Batch]:
     """A batch in two, the shorter prompts apart from the longer ones and without the padding they no longer need."""
-    order = batch.attention_mask.sum(1).argsort(stable=True)
-    found = []
-    for rows in order.tensor_split(2):
-        if not len(rows):
-            continue
-        length = int(batch.attention_mask[rows].sum(1).max())
-        # A row that is alone in its batch is read twice, for it has no other shape otherwise.
-        rows = rows.repeat(2) if len(batch.rows) == 1 else rows
-        weight = batch.weight[rows]
-        if len(batch.rows) == 1:
-            weight = weight * torch.tensor([1.0, 0.0], device=weight.device)
-        places = rows.tolist()
-        found.append(
-            replace(
-                batch,
-                input_ids=batch.input_ids[rows, -length:],
-                attention_mask=batch.attention_mask[rows, -length:],
-                weight=weight,
-                examples=[batch.examples[place] for place in places],
-                rows=[batch.rows[place] for place in places],
-            )
-        )
-    return found
+    lengths = batch.attention_mask.sum(1)
+    if len(lengths) == 1:
+        # Alone in its batch, a prompt has no other shape than twice; the second is a filler.
+        twice = _taken(batch, torch.tensor([0, 0], device=lengths.device), int(lengths))
+        return [replace(twice, weight=twice.weight * torch.tensor([1.0, 0.0], device=lengths.device))]
+    halves = lengths.argsort(stable=True).tensor_split(2)
+    return [_taken(batch, rows, int(lengths[rows].max())) for rows in halves]
+
+
+def _taken(batch: Batch, rows: Tensor, length: int) -> Batch:
+    """Some rows of a batch, which are no longer than ``length``."""
+    places = rows.tolist()
+    return replace(
+        batch,
+        input_ids=batch.input_ids[rows, -length:],
+        attention_mask=batch.attention_mask[rows, -length:],
+        weight=batch.weight[rows],
+        examples=[batch.examples[place] for place in places],
+        rows=[batch.rows[place] for place in places],
+    )

@@ -32,7 +32,7 @@ from corrsteer_pl.results.features import describe_features
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
 from corrsteer_pl.rewards.judges import RefusalReward
-from corrsteer_pl.selection import Feature, Selection, reselect
+from corrsteer_pl.selection import Feature, Selection, Strength, best_strength, reselect
 from corrsteer_pl.version import commit, machine
 
 # Answers that changed, shown each way; texts of the fit that snippets are taken from.
@@ -164,7 +164,8 @@ class Bench:
         """The strength of a whole selection with the best validation reward; of equal ones the weakest, 0 included."""
         scales = sorted({0.0, *self.plan.scales})
         _, rewards = answers_under(module, data, [_scaled(vectors, scale) for scale in scales], "validation")
-        return scales[int(rewards.mean(1).argmax())]
+        tried = [Strength(scale, reward) for scale, reward in zip(scales, rewards.mean(1).tolist(), strict=True)]
+        return best_strength(tried, lambda _: True).scale
 
     # ---------------------------------------------------------------- test
 

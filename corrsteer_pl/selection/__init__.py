@@ -4,7 +4,7 @@ from corrsteer_pl.selection.feature import SIGNS, Feature, describe, rank
 from corrsteer_pl.selection.fitted import reselect
 from corrsteer_pl.selection.record import Selection
 from corrsteer_pl.selection.rules import RULES, Bar, Choice, choose, measured, select
-from corrsteer_pl.selection.strength import Strength
+from corrsteer_pl.selection.strength import Strength, best_strength
 
 __all__ = [
     "RULES",
@@ -14,6 +14,7 @@ __all__ = [
     "Feature",
     "Selection",
     "Strength",
+    "best_strength",
     "choose",
     "describe",
     "measured",
