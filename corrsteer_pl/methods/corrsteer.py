@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import selection_table
 from corrsteer_pl.files import write_atomically, write_json
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
@@ -27,17 +27,15 @@ from corrsteer_pl.methods.candidates import (
     require_different,
     rewards_differ,
 )
+from corrsteer_pl.methods.checks import check_values
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.provenance import check_directions, check_saes, damaged
-from corrsteer_pl.models.alignment import CHECKS, Alignment, alignments, judge_alignments
+from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
-from corrsteer_pl.models.pooling import POOLS
-from corrsteer_pl.models.sae import SITES, SparseAutoencoder, saes_identity
+from corrsteer_pl.models.sae import SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import (
-    RULES,
-    SIGNS,
     Bar,
     Choice,
     Feature,
@@ -47,7 +45,7 @@ from corrsteer_pl.selection import (
     measured,
     reselect,
 )
-from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, null_max_correlation
+from corrsteer_pl.stats import Moments, Probe, null_max_correlation
 
 
 class CorrSteer(Method):
@@ -167,7 +165,7 @@ class CorrSteer(Method):
         llm, saes = self.llm_name, local_name(saes)
         self.save_hyperparameters()
         self.hparams["check_alignment"] = check_alignment or "off"
-        self._check_options()
+        check_values(self.hparams)
         self.schedule = Schedule(positions, first_k, decay)
         self.saes: dict[int, SparseAutoencoder] = {}
         self.bar, self.budget = Bar(min_improvement, significance_level), Budget.of(budget)
@@ -181,47 +179,6 @@ class CorrSteer(Method):
         self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
         self.snapshots: list[dict[str, Any]] = []
         self._probe: tuple[int, Probe] | None = None  # with the layer that it looks at
-
-    def _check_options(self) -> None:
-        h = self.hparams
-        allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
-        allowed |= {"check_alignment": CHECKS, "score": SCORES}
-        if h["coefficient_pool"] is not None:
-            allowed["coefficient_pool"] = POOLS
-        for name, values in allowed.items():
-            if h[name] not in values:
-                raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")
-        if h["layers"] == []:
-            raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")
-        if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
-            raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
-        if h["rule"] == "all" and h["sign"] == "negative":
-            raise UserError("model.rule is all, which takes positive candidates, but model.sign is negative.")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        h = self.hparams
-        if h["topk"] < 1:
-            raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
-        if not 1 <= h["topm"] <= h["topk"]:
-            raise UserError(
-                f"model.topm is {h['topm']}; it is a number of features from 1 to model.topk, which is {h['topk']}."
-            )
-        if not 0 <= h["min_improvement"] < 1:
-            raise UserError(
-                f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
-            )
-        if h["scale"] == []:
-            raise UserError("model.scale is empty. Give a number, or a list of them.")
-        if h["budget"] is not None and not isinstance(h["scale"], list):
-            raise UserError(
-                f"model.budget chooses among several strengths, but model.scale is {h['scale']}. Give it a list."
-            )
-        level = h["significance_level"]
-        if level is not None and not 0 < level <= 1:
-            raise UserError(
-                f"model.significance_level is {level}; it is a p-value above 0 and at most 1, or null for no test."
-            )
 
     # ---------------------------------------------------------------- fit: accumulate
 

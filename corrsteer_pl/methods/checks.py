@@ -1,0 +1,60 @@
+"""What the options of CorrSteer may be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.models.alignment import CHECKS
+from corrsteer_pl.models.pooling import POOLS
+from corrsteer_pl.models.sae import SITES
+from corrsteer_pl.selection import RULES, SIGNS
+from corrsteer_pl.stats import COEFFICIENTS, SCORES
+
+
+def check_values(h: Mapping[str, Any]) -> None:
+    """Refuse values of options that are out of range, or do not go together; their types are checked already.
+
+    Args:
+        h: Options of :class:`~corrsteer_pl.CorrSteer` by name.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
+    allowed |= {"check_alignment": CHECKS, "score": SCORES}
+    if h["coefficient_pool"] is not None:
+        allowed["coefficient_pool"] = POOLS
+    for name, values in allowed.items():
+        if h[name] not in values:
+            raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")
+    if h["layers"] == []:
+        raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")
+    if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
+        raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
+    if h["rule"] == "all" and h["sign"] == "negative":
+        raise UserError("model.rule is all, which takes positive candidates, but model.sign is negative.")
+    _check_numbers(h)
+
+
+def _check_numbers(h: Mapping[str, Any]) -> None:
+    if h["topk"] < 1:
+        raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
+    if not 1 <= h["topm"] <= h["topk"]:
+        raise UserError(
+            f"model.topm is {h['topm']}; it is a number of features from 1 to model.topk, which is {h['topk']}."
+        )
+    if not 0 <= h["min_improvement"] < 1:
+        raise UserError(
+            f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
+        )
+    if h["scale"] == []:
+        raise UserError("model.scale is empty. Give a number, or a list of them.")
+    if h["budget"] is not None and not isinstance(h["scale"], list):
+        raise UserError(
+            f"model.budget chooses among several strengths, but model.scale is {h['scale']}. Give it a list."
+        )
+    level = h["significance_level"]
+    if level is not None and not 0 < level <= 1:
+        raise UserError(
+            f"model.significance_level is {level}; it is a p-value above 0 and at most 1, or null for no test."
+        )
