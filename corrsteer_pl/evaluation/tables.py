@@ -20,6 +20,7 @@ def selection_table(selection: Selection) -> Table:
         title=f"Candidates after {selection.samples} samples, rule {selection.rule}",
         caption=("" if selection.features else "Nothing improved on the baseline: the selection is empty.\n")
         + (
+            "r: correlation with the reward; validation: reward when the feature alone steers\n"
             f"validation reward of the unsteered model: {percent(selection.baseline_reward)} %; "
             f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
         ),
