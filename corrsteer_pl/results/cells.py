@@ -107,7 +107,10 @@ class Bench:
         task = self.plan.tasks[name]
         cell = Cell(name, seed, self.plan.settings(name), self.commit, machine=machine())
         with _timed(cell, "fit"):
-            module = RecordedFit(self.plan.llm, self.plan.saes, **{"dtype": self.plan.dtype, **task.model})
+            # Only greedy tries features together; all other rules choose among the same candidates afterwards.
+            rule = "greedy" if "greedy" in self.plan.rules else "foreach"
+            options = {"dtype": self.plan.dtype, "rule": rule, **task.model}
+            module = RecordedFit(self.plan.llm, self.plan.saes, **options)
             data = self._fit(module, task, seed)
         chosen = {rule: _selected(module.selection, rule) for rule in self.plan.rules}
         with _timed(cell, "shuffled fit"):
