@@ -17,6 +17,7 @@ from benchmarks import plain
 from benchmarks.world import BATCH, World, fit, fit_pass, is_even, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.methods.search import Search
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.sae_training.activations import ROUND, Activations
 from corrsteer_pl.models.sites import Site
@@ -110,6 +111,7 @@ def rows(options: Namespace) -> Iterator[Row]:
         lambda: [Decoder(world.llm, 1).generate(shots)], lambda: plain.plain_batched(world, shots, [], 1),
     )  # fmt: skip
     yield from _fit_passes(world, options)
+    yield _permuted_rewards(world, options)
     yield _steered_decoding(world, options)
     yield _sae_training_stream(world, options)
 
@@ -166,6 +168,27 @@ def _fit_passes(world: World, options: Namespace) -> Iterator[Row]:
             f"{work}, batches of {size}", "plain_reference, one prompt at a time", 1, options.repeats,
             lambda size=size: ours(size), lambda: plain.plain_collection(world, prompts), same,
         )  # fmt: skip
+
+
+def _permuted_rewards(world: World, options: Namespace) -> Row:
+    prompts = world.prompts(options.fit_prompts, options.tokens)
+    widths = {layer: sae.d_sae for layer, sae in world.saes.items()}
+
+    def run(permutations: int | None) -> Accumulator:
+        sums = no_sums(world)
+        search = None if permutations is None else Search(widths, permutations)
+        fit_pass(world, Decoder(world.llm, 1), prompts.input_ids.split(BATCH), sums, search)
+        sums.merge()
+        return sums
+
+    def same(answer: Accumulator, expected: Accumulator) -> bool:
+        return all(map(torch.equal, answer.buffers(), expected.buffers()))
+
+    return measure(
+        f"fit pass: {options.fit_prompts} prompts x {options.tokens} tokens, 32 permutations of the rewards",
+        "the same without permutations", 1.1, 2 * options.repeats + 1,
+        lambda: run(32), lambda: run(None), same, faster=False,
+    )  # fmt: skip
 
 
 def _steered_decoding(world: World, options: Namespace) -> Row:

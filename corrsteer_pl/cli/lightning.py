@@ -260,7 +260,9 @@ class _Cli(LightningCLI):
 
     def after_test(self) -> None:
         metrics = self.model.metrics
+        control = self.model.hparams.get("control", "none")
         title = f"Test of {self.datamodule.hparams['task']}, {self.model.task.reward_name}"
+        title += "" if control == "none" else f", control {control}"
         self._show(metrics_table(title, {"all": metrics, **metrics["groups"]}))
         if metrics["measures"]:
             self._show(measures_table(metrics["measures"]))

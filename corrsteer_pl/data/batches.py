@@ -9,6 +9,10 @@ from torch import Tensor
 
 from corrsteer_pl.tasks import Example
 
+# Prompts are sorted by length within buckets of so many samples: consecutive ones, in an order that is random. It is
+# independent of the batch size, so that a fit can be resumed with another one.
+BUCKET = 512
+
 
 @dataclass
 class Batch:

@@ -9,16 +9,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from corrsteer_pl.data.batches import Shard
+from corrsteer_pl.data.batches import BUCKET, Shard
 from corrsteer_pl.data.splits import SPLITS, Split, TaskData, without_overlap
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import absolute
 from corrsteer_pl.options import check_options
 from corrsteer_pl.tasks import Example, Task
 
-# Prompts are sorted by length within buckets of this size. It is independent of the batch size, so that a fit can be
-# resumed with another one.
-BUCKET = 512
 NEEDED: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),

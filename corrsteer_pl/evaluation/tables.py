@@ -16,13 +16,16 @@ def percent(value: float | None) -> str:
 
 def selection_table(selection: Selection) -> Table:
     """The tested candidates of a fit, the selected ones marked."""
+    control = "" if selection.control == "none" else f", control {selection.control}"
     table = Table(
-        title=f"Candidates after {selection.samples} samples, rule {selection.rule}",
+        title=f"Candidates after {selection.samples} samples, rule {selection.rule}{control}",
         caption=("" if selection.features else "Nothing improved on the baseline: the selection is empty.\n")
         + (
-            "r: correlation with the reward; validation: reward when the feature alone steers\n"
-            f"validation reward of the unsteered model: {percent(selection.baseline_reward)} %; "
+            "r: correlation with the reward; p: how often chance finds such a |r| in a search of all layers; again: "
+            "share of the halves of the samples in which the feature is a candidate; validation: reward when it alone "
+            f"steers\nvalidation reward of the unsteered model: {percent(selection.baseline_reward)} %; "
             f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
+            f"{_searched(selection)}"
         ),
     )
     if selection.joint_reward is not None and len(selection.features) > 1:
@@ -38,14 +41,30 @@ def selection_table(selection: Selection) -> Table:
     if selection.left_out:
         lacking = ", ".join(f"{count} of layer {layer}" for layer, count in selection.left_out.items())
         table.caption = f"{table.caption}\nleft out, for activations that are not finite: {lacking}"
-    for heading in ("site", "feature", "r", "coefficient", "validation %", "selected"):
+    for heading in ("site", "feature", "r", "p", "again", "coefficient", "validation %", "selected"):
         table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for f in selection.candidates:
+        selected = ("yes, like chance" if f.like_chance else "yes") if f in selection.features else ""
         table.add_row(
-            f.site, str(f.index), f"{f.correlation:+.3f}", f"{f.coefficient:+.3f}", percent(f.validation_reward),
-            "yes" if f in selection.features else "",
+            f.site, str(f.index), f"{f.correlation:+.3f}", _shown(f.search_p_value), _shown(f.stability),
+            f"{f.coefficient:+.3f}", percent(f.validation_reward), selected,
         )  # fmt: skip
     return table
+
+
+def _shown(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2f}"
+
+
+def _searched(selection: Selection) -> str:
+    """What permutations say of the search."""
+    maxima = sorted(selection.null_maxima)
+    if not maxima:
+        return ""
+    text = f"; in all of them, by {len(maxima)} permutations: {maxima[len(maxima) // 2]:.2f}, at most {maxima[-1]:.2f}"
+    if all(f.like_chance for f in selection.candidates):
+        text += "\nNo candidate correlates more than chance would have it (p > 0.05)."
+    return text
 
 
 def _strength(strength: Strength) -> str:

@@ -7,47 +7,36 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from corrsteer_pl.stats import Moments
+from corrsteer_pl.stats import Moments, Sums
 from corrsteer_pl.strategy import all_reduce_sum
 
 
-class Accumulator(nn.Module):
-    """:class:`Moments` per layer and pool: sums merged over all processes, and this process's own since the last merge.
+class MergedSums(nn.Module):
+    """Sums by name: those merged over all processes, and this process's own since the last merge.
 
     Only the merged sums are in the state dict, so that a checkpoint counts every sample once, whatever the
     number of processes that write or read it.
 
     Args:
-        widths: ``d_sae`` of each layer.
-        pools: Which pools of a layer are summed.
+        sums: Empty sums.
     """
 
-    def __init__(self, widths: Mapping[int, int], pools: Iterable[str]) -> None:
+    def __init__(self, sums: Mapping[str, Sums]) -> None:
         super().__init__()
-        self.widths = dict(widths)
-        keys = {self._key(layer, pool): d_sae for layer, d_sae in widths.items() for pool in pools}
-        self.merged: Any = nn.ModuleDict({key: Moments(d_sae) for key, d_sae in keys.items()})
+        self.merged: Any = nn.ModuleDict(sums)
         # In a plain dict, so that it is not part of the state dict.
-        self.fresh = {key: Moments(d_sae) for key, d_sae in keys.items()}
+        self.fresh: dict[str, Any] = deepcopy(dict(sums))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for moments in self.fresh.values():
-            moments._apply(fn)
+        for sums in self.fresh.values():
+            sums._apply(fn)
         return super()._apply(fn, recurse)
-
-    @staticmethod
-    def _key(layer: int, pool: str) -> str:
-        return f"layer{layer}_{pool}"
 
     @property
     def size(self) -> int:
         """Bytes of all sums."""
         held = [*self.merged.values(), *self.fresh.values()]
-        return sum(buffer.nbytes for moments in held for buffer in moments.buffers())
-
-    def update(self, layer: int, pool: str, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add a batch of pooled activations ``(batch, d_sae)`` and rewards ``(batch,)``."""
-        self.fresh[self._key(layer, pool)].update(x, y, weight)
+        return sum(buffer.nbytes for sums in held for buffer in sums.buffers())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -56,6 +45,28 @@ class Accumulator(nn.Module):
             for buffer in fresh.buffers():
                 all_reduce_sum(buffer)
             self.merged[key].absorb(fresh)
+
+
+class Accumulator(MergedSums):
+    """:class:`Moments` per layer and pool.
+
+    Args:
+        widths: ``d_sae`` of each layer.
+        pools: Which pools of a layer are summed.
+    """
+
+    def __init__(self, widths: Mapping[int, int], pools: Iterable[str]) -> None:
+        pools = list(pools)
+        super().__init__({self._key(layer, pool): Moments(n) for layer, n in widths.items() for pool in pools})
+        self.widths = dict(widths)
+
+    @staticmethod
+    def _key(layer: int, pool: str) -> str:
+        return f"layer{layer}_{pool}"
+
+    def update(self, layer: int, pool: str, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Add a batch of pooled activations ``(batch, d_sae)`` and rewards ``(batch,)``."""
+        self.fresh[self._key(layer, pool)].update(x, y, weight)
 
     def moments(self, layer: int, pool: str) -> Moments:
         """The merged sums."""

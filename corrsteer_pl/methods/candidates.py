@@ -1,10 +1,11 @@
 """From the running sums of all layers to ranked features."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from corrsteer_pl.errors import NothingToLearn, UserError
@@ -39,6 +40,22 @@ def rank_features(
             ranking += top
             candidates += top[: options["topm"]]
     return tuple(ranking), tuple(candidates)
+
+
+def random_features(
+    features: Sequence[Feature], sums: Accumulator, saes: Mapping[int, SparseAutoencoder], pool: str, seed: int
+) -> tuple[Feature, ...]:
+    """Features of the same layers drawn at random, with the signs and the coefficients of those that they replace."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for f in features:
+        index = int(torch.randint(saes[f.layer].d_sae, (), generator=generator))
+        moments = sums.moments(f.layer, pool)
+        r = pearson(moments)
+        drawn = describe(moments, r, r, r, f.layer, f.site, index)
+        page = saes[f.layer].page(index)
+        found.append(replace(drawn, sign=f.sign, coefficient=f.coefficient, neuronpedia=page))
+    return tuple(found)
 
 
 def _coefficients(moments: Moments, options: Mapping[str, Any]) -> Tensor:

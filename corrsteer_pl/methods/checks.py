@@ -10,6 +10,8 @@ from corrsteer_pl.models.sae import SITES
 from corrsteer_pl.selection import RULES, SIGNS
 from corrsteer_pl.stats import COEFFICIENTS, SCORES
 
+CONTROLS = ("none", "shuffled_rewards", "random_features")
+
 
 def check_values(h: Mapping[str, Any]) -> None:
     """Refuse values of options that are out of range, or do not go together; their types are checked already.
@@ -21,7 +23,7 @@ def check_values(h: Mapping[str, Any]) -> None:
         UserError: Naming the first.
     """
     allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
-    allowed |= {"check_alignment": CHECKS, "score": SCORES}
+    allowed |= {"check_alignment": CHECKS, "score": SCORES, "control": CONTROLS}
     if h["coefficient_pool"] is not None:
         allowed["coefficient_pool"] = POOLS
     for name, values in allowed.items():
@@ -43,6 +45,8 @@ def _check_numbers(h: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.topm is {h['topm']}; it is a number of features from 1 to model.topk, which is {h['topk']}."
         )
+    if h["permutations"] < 0:
+        raise UserError(f"model.permutations is {h['permutations']}; it is a number of permutations, at least 0.")
     if not 0 <= h["min_improvement"] < 1:
         raise UserError(
             f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."

@@ -17,12 +17,14 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.methods.base import Method, Settings
+from corrsteer_pl.methods.blocks import Block, Blocks
 from corrsteer_pl.methods.calibration import Budget, damage
 from corrsteer_pl.methods.candidates import (
     fit_probe,
     judge_left_out,
     leading_features,
     mean_reward,
+    random_features,
     rank_features,
     require_different,
     rewards_differ,
@@ -30,6 +32,7 @@ from corrsteer_pl.methods.candidates import (
 from corrsteer_pl.methods.checks import check_values
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.provenance import check_directions, check_saes, damaged
+from corrsteer_pl.methods.search import Evidence, Search
 from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
@@ -103,6 +106,11 @@ class CorrSteer(Method):
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
             for as many as about a gibibyte, or a sixteenth of a GPU's memory, allows.
+        permutations: How often the rewards are permuted, to learn how large a correlation chance finds in a search as
+            large as this one: the smallest p-value is ``1 / (permutations + 1)``. 0 leaves it out.
+        control: Deprive the fit of what it should depend on, and see what it finds then. ``shuffled_rewards``: samples
+            get the rewards of others, while validation keeps the true ones. ``random_features``: candidates are random
+            features of the same layers, with the coefficients of those that would have been. ``none``: neither.
         noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
 
     Attributes:
@@ -125,8 +133,17 @@ class CorrSteer(Method):
 
     inspection = SteeringInspection
     settings = Settings(
-        settled=("pool", "coefficient_pool", "coefficient", "score", "site", "min_improvement", "significance_level"),
-        resumed=("dtype", "sae_dtype"),
+        settled=(
+            "pool",
+            "coefficient_pool",
+            "coefficient",
+            "score",
+            "site",
+            "min_improvement",
+            "significance_level",
+            "control",
+        ),
+        resumed=("dtype", "sae_dtype", "permutations"),
         tested=("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     )
 
@@ -159,6 +176,8 @@ class CorrSteer(Method):
         sae_revision: str | None = None,
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
+        permutations: int = 32,
+        control: Literal["none", "shuffled_rewards", "random_features"] = "none",
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
@@ -174,7 +193,8 @@ class CorrSteer(Method):
         self._forget()
 
     def _forget(self) -> None:
-        self.sums = Accumulator({}, ())
+        self.sums, self.search, self.evidence = Accumulator({}, ()), Search({}, 0), Evidence()
+        self.blocks = Blocks(0, 0)
         self.selection: Selection | None = None
         self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
         self.snapshots: list[dict[str, Any]] = []
@@ -187,7 +207,17 @@ class CorrSteer(Method):
         self._identity = None
         self._require_saes()
         self._forget()
-        self.sums = Accumulator({layer: sae.d_sae for layer, sae in self.saes.items()}, self.pools)
+        widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
+        self.sums, self.search = Accumulator(widths, self.pools), Search(widths, self.hparams["permutations"])
+        self.blocks = self._no_blocks()
+
+    def _no_blocks(self) -> Blocks:
+        return Blocks(self.hparams["permutations"], self.datamodule.hparams["seed"], deal=self._deals)
+
+    @property
+    def _deals(self) -> bool:
+        """Whether samples get the rewards of others."""
+        return self.hparams["control"] == "shuffled_rewards"
 
     def _require_saes(self) -> None:
         if not self.saes:
@@ -223,9 +253,22 @@ class CorrSteer(Method):
 
     def accumulate(self, batch: Batch, reader: PoolReader, rewards: Tensor) -> None:
         """Add what a batch's answers activated, and their rewards ``(batch,)``, to the running sums."""
-        for layer, pools in reader.pools.items():
-            for kind, pool in pools.items():
-                self.sums.update(layer, kind, pool.value, rewards, batch.weight)
+        pools = {(layer, kind): pool.value for layer, some in reader.pools.items() for kind, pool in some.items()}
+        if not self._deals:
+            for (layer, kind), x in pools.items():
+                self.sums.update(layer, kind, x, rewards, batch.weight)
+        needed = {key: x for key, x in pools.items() if self._deals or key[1] == self.hparams["pool"]}
+        self.blocks.add(batch, needed, rewards)
+        for block in self.blocks.finished(batch.counted):
+            self._add(block)
+
+    def _add(self, block: Block) -> None:
+        """Add the samples of a block to what needs the rewards of all of them."""
+        self.search.add(block, self.hparams["pool"])
+        if self._deals:
+            for layer, kind in block.x:
+                x = block.activations((layer, kind)).to_dense()
+                self.sums.update(layer, kind, x, block.y, torch.ones(len(block.y)))
 
     # ---------------------------------------------------------------- validate: test the candidates
 
@@ -234,15 +277,29 @@ class CorrSteer(Method):
         if not self.counted:
             raise self.unfitted()
         self._require_saes()
+        if self._deals and self.has_seen_all:
+            for block in self.blocks.cut(self.counted):
+                self._add(block)
         self.sums.merge()
         self._left_out = judge_left_out(self.sums, self.hparams["pool"], self._precision)
         if self.has_seen_all:
             require_different(self._moments)
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
+        if self.has_seen_all and self.search.layers:
+            unfinished = self.blocks.unfinished(self.counted)
+            self.evidence = self.search.judge(unfinished, self._candidates, self.hparams)
+            if self.counted == len(self.datamodule.examples.get("train", ())):
+                # Nothing more will be asked of these sums, which would be most of a checkpoint.
+                self.search = Search({}, 0)
+        if self.hparams["control"] == "random_features":
+            seed = self.datamodule.hparams["seed"]
+            self._candidates = random_features(self._candidates, self.sums, self.saes, self.hparams["pool"], seed)
+        self._ranking = tuple(map(self.evidence.on, self._ranking))
+        self._candidates = tuple(map(self.evidence.on, self._candidates))
         if not self.task.generates:
             layer = max(self.saes)
             self._probe = layer, fit_probe(self.sums.moments(layer, self.hparams["pool"]), self.hparams["topk"])
-        self.directions = {_name(f): self.saes[f.layer].direction(f.index) for f in self._candidates}
+        self.directions = {f.name: self.saes[f.layer].direction(f.index) for f in self._candidates}
         tried = () if self.hparams["rule"] == "all" else self._candidates
         return SteeringVectors.stack([{}, *(self.vectors_of([f]) for f in tried)], self._schedule_here)
 
@@ -286,6 +343,11 @@ class CorrSteer(Method):
         return self.sums.moments(next(iter(self.saes)), self.hparams["pool"])
 
     @property
+    def fit_reward(self) -> float:
+        """Mean reward in [0, 1] of the samples of the fit so far."""
+        return mean_reward(self._moments)
+
+    @property
     def _precision(self) -> str:
         return f"the model is in {self.hparams['dtype']}, the SAEs are in {self.hparams['sae_dtype']}"
 
@@ -300,9 +362,12 @@ class CorrSteer(Method):
             ranking=self._ranking,
             baseline_reward=baseline,
             samples=self.counted,
-            reward=mean_reward(self._moments),
+            reward=self.fit_reward,
             null_max_correlation=null_max_correlation(self._moments.n_features, self.counted),
             score=self.hparams["score"],
+            control=self.hparams["control"],
+            null_maxima=self.evidence.null_maxima,
+            overlap=self.evidence.overlap,
             left_out=self._left_out,
             llm=self.llm.identity,
             saes=self._identity or {},
@@ -325,13 +390,14 @@ class CorrSteer(Method):
         """The sum of ``scale * c_f * W_dec[f]`` at each site, ``(d_model,)`` float32.
 
         Args:
-            features: Candidates.
+            features: Candidates, or any features of the autoencoders if those are loaded.
             scale: Factor on all coefficients; None for that of the trials.
         """
         factor = self.scale_of_trials if scale is None else scale
         vectors: dict[Site, Tensor] = {}
         for f in features:
-            site, vector = Site.parse(f.site), factor * f.coefficient * self.directions[_name(f)]
+            direction = self.directions[f.name] if f.name in self.directions else self.saes[f.layer].direction(f.index)
+            site, vector = Site.parse(f.site), factor * f.coefficient * direction
             vectors[site] = vectors[site] + vector if site in vectors else vector
         return vectors
 
@@ -376,7 +442,10 @@ class CorrSteer(Method):
     def state(self) -> dict[str, Any]:
         """The selection, the directions of its candidates, and what rebuilds the sums, which are buffers."""
         self.sums.merge()
+        self.search.merge()
+        search = {"layers": self.search.layers, "permutations": self.search.permutations}
         return {
+            "search": {**search, "evidence": vars(self.evidence), "blocks": self.blocks.state()},
             "widths": self.sums.widths,
             "pools": self.pools,
             "selection": self.selection.as_dict() if self.selection else None,
@@ -389,14 +458,16 @@ class CorrSteer(Method):
         """Take over sums and selection, by this module's rule, sign and layers."""
         try:
             # Lightning loads the values of these buffers after this hook.
-            self.sums = Accumulator({int(layer): d_sae for layer, d_sae in state["widths"].items()}, state["pools"])
+            widths = {int(layer): d_sae for layer, d_sae in state["widths"].items()}
+            self.sums = Accumulator(widths, state["pools"])
+            self._restore_search(state["search"], widths)
             fitted = None if state["selection"] is None else Selection.from_dict(state["selection"])
             self.directions, self.snapshots = dict(state["directions"]), list(state["snapshots"])
             self._probe = state["probe"] and (state["probe"]["layer"], Probe.from_dict(state["probe"]))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
         if fitted is not None:
-            check_directions(self.directions, map(_name, fitted.candidates))
+            check_directions(self.directions, (f.name for f in fitted.candidates))
             rule, sign, layers = (self.hparams[name] for name in ("rule", "sign", "layers"))
             self.selection = reselect(fitted, rule, sign, layers, self.bar)
             if isinstance(self.hparams["scale"], list) and self.selection.features and not self.selection.strengths:
@@ -404,6 +475,13 @@ class CorrSteer(Method):
                     "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
                     f"chosen none for these features (rule {rule}). Give one number, or fit again."
                 )
+
+    def _restore_search(self, state: dict[str, Any], widths: dict[int, int]) -> None:
+        self.evidence = Evidence.from_dict(state["evidence"])
+        self.search = Search({layer: widths[layer] for layer in state["layers"]}, state["permutations"])
+        if self._trainer is not None:
+            self.blocks = self._no_blocks()
+            self.blocks.restore(state["blocks"], self.global_rank)
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders of the fit."""
@@ -456,7 +534,3 @@ class CorrSteer(Method):
         """
         if self.hparams["check_alignment"] != "off":
             judge_alignments(self.alignments().values(), self.hparams["check_alignment"])
-
-
-def _name(feature: Feature) -> str:
-    return f"{feature.layer}/{feature.index}"

@@ -10,8 +10,10 @@ from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
+from corrsteer_pl.data.batches import BUCKET
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.methods.blocks import SparseRows
 from corrsteer_pl.models.alignment import Alignment
 from corrsteer_pl.models.decoding.branches import Run
 from corrsteer_pl.models.decoding.decode import Decoder
@@ -69,15 +71,21 @@ class SteeringInspection(Inspection):
         yield parts_table(method.saes, method.alignments())
 
     def held(self, batch: Batch) -> dict[str, int]:
-        """Bytes of SAEs, sums and pooled activations."""
+        """Bytes of SAEs, sums, pooled activations, and of those that wait in a block."""
         saes = self.method.saes.values()
         weights = [p for sae in saes for p in sae.sae.parameters() if p.device == sae.sae.device]
         pooled = len(batch.examples) * len(self.method.pools) * sum(sae.d_sae for sae in saes) * 4
         return {
             "SAEs": sum(p.nbytes for p in weights),
-            "running sums": self.method.sums.size,
+            "running sums": self.method.sums.size + self.method.search.size,
             "pooled activations": pooled,
+            "samples that wait": self._waiting(len(batch.examples)),
         }
+
+    def _waiting(self, samples: int) -> int:
+        """Bytes of a full block, if all samples are as active as those of the batch."""
+        pools = [pool.value for some in self.watch.pools.values() for pool in some.values()]
+        return sum(SparseRows.of(pool).nbytes for pool in pools) * BUCKET // samples
 
     @property
     def variants(self) -> int:

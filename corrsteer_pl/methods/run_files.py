@@ -91,14 +91,14 @@ class RunFiles(Checkpoint):
 
 
 def _described(method: Any) -> dict[str, Any]:
-    """What a test was made with: every option that may differ from its fit's."""
+    """What a test was made with: what its fit settled, and every option that may differ from its fit's."""
     data = method.datamodule
     return {
         "method": method.name,
         "task": data.hparams["task"],
         "split": "test",
         "model": method.llm.name,
-        **method.options(method.settings.tested),
+        **method.options((*method.settings.settled, *method.settings.tested)),
         **{name: data.hparams[name] for name in data.TESTED},
         "chat_template": data.uses_chat(method.llm),
         "reward": method.task.reward_name,

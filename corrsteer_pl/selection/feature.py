@@ -9,6 +9,7 @@ from corrsteer_pl.stats import Moments
 from corrsteer_pl.stats.scores import mean_right, mean_wrong
 
 SIGNS = ("both", "positive", "negative")
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Feature:
         validation_better: How many validation samples it alone then changed for the better; None if untested.
         validation_worse: The same for the worse.
         neuronpedia: Address of its page on Neuronpedia; None if its SAE names none.
+        search_p_value: How often chance finds a correlation as large as its own among all features of all layers;
+            None if that was not measured.
+        stability: In which share of the halves of the samples it would be a candidate again; None if that was not
+            measured.
     """
 
     layer: int
@@ -48,6 +53,18 @@ class Feature:
     validation_better: int | None = None
     validation_worse: int | None = None
     neuronpedia: str | None = None
+    search_p_value: float | None = None
+    stability: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Layer and index, which tell it apart."""
+        return f"{self.layer}/{self.index}"
+
+    @property
+    def like_chance(self) -> bool:
+        """Whether its correlation is known to be no larger than what chance finds in one of twenty searches."""
+        return self.search_p_value is not None and self.search_p_value > SIGNIFICANT
 
     def __str__(self) -> str:
         return f"{self.site}/{self.index} (r {self.correlation:+.3f}, coefficient {self.coefficient:+.3f})"

@@ -33,6 +33,9 @@ class Selection:
         steps: For the rule ``greedy``, the joint reward after each feature was added.
         scale: Factor on all coefficients at which they were tried together.
         strengths: What they do at each strength that was tried, if validation chose one.
+        control: What the fit was deprived of, to see what it finds then; ``none`` for a fit of its own.
+        null_maxima: The largest |r| of all features of all layers under each permutation of the rewards.
+        overlap: By layer, the mean share of the ``topk`` features by |r| that two halves of the samples have in common.
         left_out: By layer, how many samples its correlations lack, because an activation was not finite.
         llm: Name and fingerprint of the model.
         saes: Name and fingerprints of the autoencoders.
@@ -51,6 +54,9 @@ class Selection:
     steps: tuple[float, ...] = ()
     scale: float = 1.0
     strengths: tuple[Strength, ...] = ()
+    control: str = "none"
+    null_maxima: tuple[float, ...] = ()
+    overlap: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     saes: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +104,7 @@ class Selection:
             UserError: A field is missing, of another type, or holds what cannot be.
         """
         try:
-            plain = {**plain, "steps": tuple(plain.get("steps", ()))}
+            plain = {**plain, **{name: tuple(plain.get(name, ())) for name in ("steps", "null_maxima")}}
             check_options(cls, {k: v for k, v in plain.items() if k not in (*FEATURES, "strengths")}, "selection")
             lists: dict[str, Any] = {name: tuple(_read_feature(f) for f in plain[name]) for name in FEATURES}
             lists["strengths"] = tuple(_read_strength(one) for one in plain.get("strengths", ()))

@@ -4,15 +4,23 @@ from corrsteer_pl.stats.moments import Moments
 from corrsteer_pl.stats.pairs import TOLERANCE, changes, sign_test
 from corrsteer_pl.stats.probe import Probe
 from corrsteer_pl.stats.scores import COEFFICIENTS, SCORES, null_max_correlation, pearson
+from corrsteer_pl.stats.search import PARTS, SearchSums, halves, null_maxima, search_p_value
+from corrsteer_pl.stats.sums import Sums
 
 __all__ = [
     "COEFFICIENTS",
+    "PARTS",
     "SCORES",
     "TOLERANCE",
     "Moments",
     "Probe",
+    "SearchSums",
+    "Sums",
     "changes",
+    "halves",
     "null_max_correlation",
+    "null_maxima",
     "pearson",
+    "search_p_value",
     "sign_test",
 ]

@@ -1,18 +1,15 @@
 """Running sums of pooled activations and rewards."""
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from corrsteer_pl.stats.sums import CHUNK, Sums
 
 SCALARS = ("n", "y", "yy", "n_right", "n_left_out")
 VECTORS = ("x", "xx", "xy", "xxy", "x_right", "active_right", "active_wrong")
-# Features at a time, so that a batch of them in float64 stays in a processor's caches and memory is read once.
-CHUNK = 4096
 
 
-class Moments(nn.Module):
+class Moments(Sums):
     """Sums from which every moment-based selection score is computed.
 
     One instance serves one layer. Memory is O(n_features) however many samples are seen, and
@@ -84,18 +81,3 @@ class Moments(nn.Module):
             vectors = (sums[0], squares[0], sums[1], squares[1], sums[2], *active)
             for name, total in zip(VECTORS, vectors, strict=True):
                 getattr(self, name)[part] += total
-
-    @torch.no_grad()
-    def absorb(self, other: "Moments") -> None:
-        """Add the sums of ``other``, which saw other samples, and set ``other`` to zero."""
-        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
-            mine += theirs.to(mine.device)
-            theirs.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `precision: bf16-true` and `.half()` cast every buffer; follow the device, keep float64.
-        # Apple's MPS has no float64, so there the sums stay where they are.
-        for name, buffer in self._buffers.items():
-            if buffer is not None and (device := fn(buffer.float()).device).type != "mps":
-                self._buffers[name] = buffer.to(device)
-        return self

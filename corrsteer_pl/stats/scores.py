@@ -14,6 +14,19 @@ from corrsteer_pl.stats.moments import Moments
 RELATIVE_VARIANCE_FLOOR = 1e-12
 
 
+def correlation(n: Tensor, x: Tensor, xx: Tensor, y: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
+    """Pearson correlation from the number of samples and the sums that the names spell; 0 where one is constant.
+
+    Shape:
+        - n, y, yy: scalars; x, xx, xy: ``(n_features,)``; all float64.
+        - returns ``(n_features,)`` float64 in [-1, 1].
+    """
+    variance_x, variance_y = n * xx - x**2, n * yy - y**2
+    defined = (variance_x > RELATIVE_VARIANCE_FLOOR * n * xx) & (variance_y > RELATIVE_VARIANCE_FLOOR * n * yy)
+    r = (n * xy - x * y) / torch.sqrt(variance_x.clamp(min=0) * variance_y.clamp(min=0))
+    return torch.where(defined, r, torch.zeros_like(r)).clamp(-1, 1)
+
+
 def pearson(moments: Moments) -> Tensor:
     """Pearson correlation of every feature with the reward; point-biserial for binary rewards.
 
@@ -29,15 +42,7 @@ def pearson(moments: Moments) -> Tensor:
         >>> pearson(moments)
         tensor([0.8660, 0.0000], dtype=torch.float64)
     """
-    n = moments.n
-    covariance = n * moments.xy - moments.x * moments.y
-    variance_x = n * moments.xx - moments.x**2
-    variance_y = n * moments.yy - moments.y**2
-    defined = (variance_x > RELATIVE_VARIANCE_FLOOR * n * moments.xx) & (
-        variance_y > RELATIVE_VARIANCE_FLOOR * n * moments.yy
-    )
-    r = covariance / torch.sqrt(variance_x.clamp(min=0) * variance_y.clamp(min=0))
-    return torch.where(defined, r, torch.zeros_like(r)).clamp(-1, 1)
+    return correlation(moments.n, moments.x, moments.xx, moments.y, moments.yy, moments.xy)
 
 
 def mean_right(moments: Moments) -> Tensor:

@@ -55,7 +55,16 @@ def test_a_fit_leaves_its_results(here):
     assert selection["samples"] == 96
     assert selection["llm"]["name"] == "demo"
     keys = {"layer", "site", "index", "sign", "coefficient", "correlation", "score", "active_right", "active_wrong"}
-    keys |= {"mean_right", "mean_wrong", "validation_reward", "validation_better", "validation_worse", "neuronpedia"}
+    keys |= {
+        "mean_right",
+        "mean_wrong",
+        "validation_reward",
+        "validation_better",
+        "validation_worse",
+        "neuronpedia",
+        "search_p_value",
+        "stability",
+    }
     assert keys == set(selection["candidates"][0])
     assert 0 <= selection["joint_reward"] <= 1
     assert yaml.safe_load(Path("checkpoints/demo/config.yaml").read_text())["data"]["train_size"] == 96

@@ -46,6 +46,9 @@ def same_fit(one, other, rtol=1e-12, atol=1e-12):
     assert [f["index"] for f in one["features"]] == [f["index"] for f in other["features"]]
     for name in ("baseline_reward", "joint_reward", "steps"):
         assert one[name] == other[name]
+    assert one["null_maxima"] == pytest.approx(other["null_maxima"], abs=max(rtol, 1e-9))
+    assert [f["search_p_value"] for f in one["candidates"]] == [f["search_p_value"] for f in other["candidates"]]
+    assert one["overlap"] == pytest.approx(other["overlap"], abs=0 if rtol < 1e-9 else 0.05)
 
 
 def same_test(one, other):
