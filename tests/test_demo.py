@@ -1,19 +1,16 @@
 """The embedded world: what ships is what the code writes, and it shows what it is meant to show."""
 
 import pytest
-import torch
 
 from corrsteer_pl import demo
 from corrsteer_pl.demo import build, results
 from corrsteer_pl.demo.corpus import World, qa_prompt, request_prompt
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows
-from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sae_training.train import Recipe, train_saes
 from corrsteer_pl.tasks import make_task
-from tests.architectures import batch_of
 
 PROMPTS = {"demo_qa": qa_prompt, "demo_refusal": request_prompt}
 
@@ -88,22 +85,3 @@ def test_the_pruned_selection_beats_unsteered_random_and_shuffled(task):
     assert m["worse"] > 0, "a world without side effects would be too easy"
     assert m["reward_steered"] > max(result.random) + 0.02
     assert m["reward_steered"] > result.shuffled + 0.02
-
-
-def test_shuffled_rewards_are_those_of_any_other_samples(monkeypatch):
-    monkeypatch.setattr(results, "SIZES", {"train_size": 100, "val_size": 16, "batch_size": 32})
-    recorded = results.RecordedFit("demo", "demo")
-    data = results.fit_demo(recorded, "demo_qa", 0)
-    shuffled = results.ShuffledRewards.after(recorded, 0)
-    assert sorted(shuffled.dealt.tolist()) == sorted(recorded.recorded.tolist())
-    # A reward of its own for every sample shows where it goes.
-    shuffled.dealt = torch.linspace(0, 1, 100, dtype=torch.float64)[torch.randperm(100)]
-    results.fit_demo(shuffled, "demo_qa", 0)
-    expected, true = torch.zeros(shuffled.saes[1].d_sae, dtype=torch.float64), []
-    for example, reward in zip(data.examples["train"], shuffled.dealt, strict=True):
-        reader = PoolReader({1: shuffled.saes[1]}, ["max"])
-        batch = batch_of(shuffled.llm, [data.token_ids(example, data.fit_task)])
-        true += data.fit_task.reward(shuffled.fit_answering.decoder.generate(batch, reader), [example])
-        expected += reward * reader.pools[1]["max"].value[0]
-    torch.testing.assert_close(shuffled.sums.moments(1, "max").xy, expected, rtol=1e-5, atol=1e-5)
-    assert recorded.recorded.tolist() == true

@@ -2,7 +2,7 @@
 
 For both tasks and several seeds of the fit: the unsteered model, the pruned selection (``foreach``), and two
 controls on the same test questions. Random: features drawn uniformly from the same layers, with the same
-coefficients. Shuffled: the same fit with the rewards of all samples permuted, validated on true rewards.
+coefficients. Shuffled: the same fit with ``control: shuffled_rewards``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.files import write_between
 from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.results.controls import RecordedFit, ShuffledRewards, answers_under, random_vectors
+from corrsteer_pl.results.controls import answers_under, random_vectors, shuffled_fit
 from corrsteer_pl.version import commit
 
 TASKS = ("demo_qa", "demo_refusal")
@@ -59,9 +59,9 @@ class Result:
 
 def run(task: str, seed: int) -> Result:
     """Fit, draw the controls, and test all of them on the same questions."""
-    module = RecordedFit("demo", "demo")
+    module = CorrSteer("demo", "demo")
     data = fit_demo(module, task, seed)
-    shuffled = ShuffledRewards.after(module, seed)
+    shuffled = shuffled_fit(module)
     fit_demo(shuffled, task, seed)
     features = module.selection.features if module.selection else ()
     draws = [random_vectors(module, features, seed * DRAWS + draw) for draw in range(DRAWS)]
@@ -91,7 +91,7 @@ def table(found: dict[str, list[Result]], seconds: float) -> str:
         f"\nReward in percent on {prompts} test prompts; {SIZES['train_size']} prompts to fit, {SIZES['val_size']} to "
         "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
-        "the same fit with the rewards of all prompts permuted, validated on true ones.\n"
+        "the same fit with the rewards permuted among its prompts, validated on true ones.\n"
         f"{how(seconds, 'results')}"
     )
     return HEADER + "".join(map(str, results)) + note

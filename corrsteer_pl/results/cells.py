@@ -22,10 +22,9 @@ from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results.controls import (
-    RecordedFit,
-    ShuffledRewards,
     answers_under,
     random_vectors,
+    shuffled_fit,
     without_repetitions,
 )
 from corrsteer_pl.results.features import describe_features
@@ -110,7 +109,7 @@ class Bench:
             # Only greedy tries features together; all other rules choose among the same candidates afterwards.
             rule = "greedy" if "greedy" in self.plan.rules else "foreach"
             options = {"dtype": self.plan.dtype, "rule": rule, **task.model}
-            module = RecordedFit(self.plan.llm, self.plan.saes, **options)
+            module = CorrSteer(self.plan.llm, self.plan.saes, **options)
             data = self._fit(module, task, seed)
         chosen = {rule: _selected(module.selection, rule) for rule in self.plan.rules}
         with _timed(cell, "shuffled fit"):
@@ -136,7 +135,7 @@ class Bench:
         with _timed(cell, "features"):
             self._describe(cell, module, data, first)
         cell.counts = {split: len(data.examples[split]) for split in ("train", "validation", "test")}
-        cell.fit_reward = module.recorded.mean().item()
+        cell.fit_reward = module.fit_reward
         cell.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return cell
 
@@ -157,8 +156,8 @@ class Bench:
         data.examples = {**examples, "test": data.examples["test"]}
         return data
 
-    def _shuffled(self, fitted: RecordedFit, task: TaskPlan, seed: int) -> Vectors:
-        module = ShuffledRewards.after(fitted, seed)
+    def _shuffled(self, fitted: CorrSteer, task: TaskPlan, seed: int) -> Vectors:
+        module = shuffled_fit(fitted)
         self._fit(module, task, seed)
         return module.vectors_of(_selected(module.selection, self.plan.rules[0]))
 

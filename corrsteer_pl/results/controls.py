@@ -1,84 +1,30 @@
 """What a selection has to beat: features at random, and fits that cannot learn anything."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from corrsteer_pl.data import Batch, TaskDataModule
+from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.data.splits import Split
 from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.methods.candidates import random_features
 from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Feature
 
 
-class RecordedFit(CorrSteer):
-    """A fit that keeps what it has seen, so that it can be done again with other rewards and without another answer.
-
-    Attributes:
-        recorded: The reward of each sample, ``(samples,)``, in the order of the split.
-        seen: Pooled activations by the rows of a batch, and by layer and pool, ``(batch, d_sae)`` sparse.
-    """
-
-    def begin(self) -> None:
-        """Forget what an earlier fit has seen."""
-        super().begin()
-        self.seen: dict[tuple[int, ...], dict[tuple[int, str], Tensor]] = {}
-
-    def accumulate(self, batch: Batch, reader: PoolReader, rewards: Tensor) -> None:
-        """Keep a batch, too."""
-        super().accumulate(batch, reader, rewards)
-        if not self.seen:
-            # Only now it is known how many prompts the model's context takes.
-            self.recorded = torch.zeros(len(self.datamodule.examples["train"]), dtype=torch.float64)
-        self.recorded[batch.rows] = rewards
-        pools = {(layer, kind): pool for layer, some in reader.pools.items() for kind, pool in some.items()}
-        self.seen[tuple(batch.rows)] = {key: pool.value.to_sparse() for key, pool in pools.items()}
-
-
-class ShuffledRewards(CorrSteer):
-    """A fit that cannot learn anything: samples get the rewards of others, and validation sees true ones.
-
-    Attributes:
-        seen: What a fit on the same samples has seen.
-        dealt: Its rewards in another order, ``(samples,)``.
-    """
-
-    seen: dict[tuple[int, ...], dict[tuple[int, str], Tensor]]
-    dealt: Tensor
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Update the running sums from what has been seen."""
-        for (layer, kind), pooled in self.seen[tuple(batch.rows)].items():
-            self.sums.update(layer, kind, pooled.to_dense(), self.dealt[batch.rows], batch.weight)
-        return torch.zeros((), requires_grad=True)
-
-    @classmethod
-    def after(cls, fitted: RecordedFit, seed: int) -> Self:
-        """One for the same samples, with the model and the autoencoders of a fit, and its rewards permuted."""
-        module = cls(**fitted.hparams)
-        module.llm, module.saes, module.seen = fitted.llm, fitted.saes, fitted.seen
-        order = torch.randperm(len(fitted.recorded), generator=torch.Generator().manual_seed(seed))
-        module.dealt = fitted.recorded[order]
-        return module
+def shuffled_fit(fitted: CorrSteer) -> CorrSteer:
+    """A fit that cannot learn anything, with the options, the model and the autoencoders of another."""
+    module = CorrSteer(**{**fitted.hparams, "control": "shuffled_rewards"})
+    module.llm, module.saes = fitted.llm, fitted.saes
+    return module
 
 
 def random_vectors(module: CorrSteer, features: Sequence[Feature], seed: int) -> dict[Site, Tensor]:
     """The coefficients of some features on others of the same layers, drawn at random; ``(d_model,)`` at each site."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors: dict[Site, Tensor] = {}
-    for f in features:
-        site, sae = Site.parse(f.site), module.saes[f.layer]
-        vector = (
-            module.scale_of_trials
-            * f.coefficient
-            * sae.direction(int(torch.randint(sae.d_sae, (), generator=generator)))
-        )
-        vectors[site] = vectors[site] + vector if site in vectors else vector
-    return vectors
+    drawn = random_features(features, module.sums, module.saes, module.hparams["pool"], seed)
+    return module.vectors_of(drawn)
 
 
 @torch.no_grad()
