@@ -18,7 +18,6 @@ from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.data import Batch
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.blocks import Blocks
 from corrsteer_pl.methods.search import Search
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
@@ -138,19 +137,19 @@ def fit_pass(
     world: World, decoder: Decoder, batches: Iterable[Tensor], sums: Accumulator, search: Search | None = None
 ) -> None:
     """What a fit does with batches of prompts ``(batch, tokens)``: generate, read, score, add up, and permute."""
-    blocks, counted = Blocks(search.permutations if search else 0, seed=0), 0
+    counted = 0
     for ids in batches:
         reader = PoolReader(world.saes, ["max"])
         texts = decoder.generate(as_prompts(ids), reader)
         rewards = torch.tensor([is_even(text) for text in texts], device=ids.device)
         for layer, pools in reader.pools.items():
             sums.update(layer, "max", pools["max"].value, rewards, torch.ones_like(rewards))
+        rows = list(range(counted, counted := counted + len(ids)))
         if search is not None:
-            rows = list(range(counted, counted := counted + len(ids)))
             batch = Batch(ids, ids, torch.ones_like(rewards), [], rows, counted)
-            blocks.add(batch, {(layer, "max"): pools["max"].value for layer, pools in reader.pools.items()}, rewards)
-    for block in blocks.unfinished(counted) if search is not None else ():
-        search.add(block, "max")
+            search.add(batch, {(layer, "max"): pools["max"].value for layer, pools in reader.pools.items()}, rewards)
+    if search is not None:
+        search.cut(counted)
 
 
 def as_prompts(ids: Tensor) -> Any:

@@ -51,6 +51,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def this_process() -> int:
+    """The number of this process; 0 when there is one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather_lists(items: list) -> list:
     """The items of all processes, in order of rank; the list itself when there is one."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -6,10 +6,11 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from corrsteer_pl.data.batches import BUCKET, Shard
+from corrsteer_pl.data.batches import BUCKET, Batch, Shard
 from corrsteer_pl.data.splits import SPLITS, Split, TaskData, without_overlap
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import absolute
@@ -285,6 +286,12 @@ class TaskDataModule(LightningDataModule):
                 f"{self._running.world_size} processes share {count} {split} samples; each needs at least one. "
                 "Set trainer.devices and trainer.num_nodes lower, or take more samples."
             )
+
+    def batch_of(self, split: Split, rows: Sequence[int]) -> Batch:
+        """Some samples of a split by their positions, outside of any loader."""
+        examples = [self.examples[split][row] for row in rows]
+        ids, mask = self.collate(examples, self.fit_task if split == "train" else self.task)
+        return Batch(ids, mask, torch.ones(len(rows)), examples, list(rows), 0)
 
     def token_ids(self, example: Example, task: Task) -> list[int]:
         """Tokens of an example's prompt; a text that is only read has neither shots nor chat template."""

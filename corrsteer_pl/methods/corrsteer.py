@@ -17,7 +17,7 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.answering import ProbeReading
 from corrsteer_pl.methods.base import Method, Settings
-from corrsteer_pl.methods.blocks import Block, Blocks
+from corrsteer_pl.methods.blocks import Block
 from corrsteer_pl.methods.calibration import Budget, damage
 from corrsteer_pl.methods.candidates import (
     fit_probe,
@@ -29,10 +29,11 @@ from corrsteer_pl.methods.candidates import (
     require_different,
     rewards_differ,
 )
+from corrsteer_pl.methods.cards import Card, make_cards, observed
 from corrsteer_pl.methods.checks import check_values
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.provenance import check_directions, check_saes, damaged
-from corrsteer_pl.methods.search import Evidence, Search
+from corrsteer_pl.methods.search import Search
 from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import local_name
@@ -193,8 +194,8 @@ class CorrSteer(Method):
         self._forget()
 
     def _forget(self) -> None:
-        self.sums, self.search, self.evidence = Accumulator({}, ()), Search({}, 0), Evidence()
-        self.blocks = Blocks(0, 0)
+        self.sums, self.search = Accumulator({}, ()), Search({})
+        self.cards: list[dict[str, Any]] = []
         self.selection: Selection | None = None
         self.directions: dict[str, Tensor] = {}  # (d_model,) for each candidate
         self.snapshots: list[dict[str, Any]] = []
@@ -208,11 +209,9 @@ class CorrSteer(Method):
         self._require_saes()
         self._forget()
         widths = {layer: sae.d_sae for layer, sae in self.saes.items()}
-        self.sums, self.search = Accumulator(widths, self.pools), Search(widths, self.hparams["permutations"])
-        self.blocks = self._no_blocks()
-
-    def _no_blocks(self) -> Blocks:
-        return Blocks(self.hparams["permutations"], self.datamodule.hparams["seed"], deal=self._deals)
+        self.sums = Accumulator(widths, self.pools)
+        permutations, seed = self.hparams["permutations"], self.datamodule.hparams["seed"]
+        self.search = Search(widths, self.hparams["pool"], permutations, seed, self._deals)
 
     @property
     def _deals(self) -> bool:
@@ -257,15 +256,11 @@ class CorrSteer(Method):
         if not self._deals:
             for (layer, kind), x in pools.items():
                 self.sums.update(layer, kind, x, rewards, batch.weight)
-        needed = {key: x for key, x in pools.items() if self._deals or key[1] == self.hparams["pool"]}
-        self.blocks.add(batch, needed, rewards)
-        for block in self.blocks.finished(batch.counted):
-            self._add(block)
+        self._deal(self.search.add(batch, pools, rewards))
 
-    def _add(self, block: Block) -> None:
-        """Add the samples of a block to what needs the rewards of all of them."""
-        self.search.add(block, self.hparams["pool"])
-        if self._deals:
+    def _deal(self, blocks: Sequence[Block]) -> None:
+        """Add the samples of blocks with the rewards that they were dealt, if they were."""
+        for block in blocks if self._deals else ():
             for layer, kind in block.x:
                 x = block.activations((layer, kind)).to_dense()
                 self.sums.update(layer, kind, x, block.y, torch.ones(len(block.y)))
@@ -278,24 +273,20 @@ class CorrSteer(Method):
             raise self.unfitted()
         self._require_saes()
         if self._deals and self.has_seen_all:
-            for block in self.blocks.cut(self.counted):
-                self._add(block)
+            self._deal(self.search.cut(self.counted))
         self.sums.merge()
         self._left_out = judge_left_out(self.sums, self.hparams["pool"], self._precision)
         if self.has_seen_all:
             require_different(self._moments)
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
-        if self.has_seen_all and self.search.layers:
-            unfinished = self.blocks.unfinished(self.counted)
-            self.evidence = self.search.judge(unfinished, self._candidates, self.hparams)
-            if self.counted == len(self.datamodule.examples.get("train", ())):
-                # Nothing more will be asked of these sums, which would be most of a checkpoint.
-                self.search = Search({}, 0)
+        if self.has_seen_all:
+            is_last = self.counted == len(self.datamodule.examples.get("train", ()))
+            self.search.judge(self.counted, self._candidates, self.hparams["topk"], self.hparams["topm"], is_last)
         if self.hparams["control"] == "random_features":
             seed = self.datamodule.hparams["seed"]
             self._candidates = random_features(self._candidates, self.sums, self.saes, self.hparams["pool"], seed)
-        self._ranking = tuple(map(self.evidence.on, self._ranking))
-        self._candidates = tuple(map(self.evidence.on, self._candidates))
+        self._ranking = tuple(map(self.search.evidence.on, self._ranking))
+        self._candidates = tuple(map(self.search.evidence.on, self._candidates))
         if not self.task.generates:
             layer = max(self.saes)
             self._probe = layer, fit_probe(self.sums.moments(layer, self.hparams["pool"]), self.hparams["topk"])
@@ -311,8 +302,11 @@ class CorrSteer(Method):
         self.selection = self._describe_selection(candidates, baseline, choice)
         if isinstance(self.hparams["scale"], list) and choice.features:
             self.selection = self.selection.at(self._strengths(choice.features), self.budget.allows)
-        for sentence in self.selection.doubts if self.has_seen_all else ():
-            warnings.warn(sentence, stacklevel=2)
+        if self.has_seen_all:
+            for sentence in self.selection.doubts:
+                warnings.warn(sentence, stacklevel=2)
+            if self.trainer.state.fn == "fit" and self.search.layers:
+                self.cards = [card.as_dict() for card in self.describe(choice.features)]
         best = max(alone, default=baseline)
         logged = {"samples": self.counted, "baseline_reward": baseline, "best_candidate_reward": best}
         logged |= {"joint_reward": self.selection.joint_reward, "scale": self.selection.scale}
@@ -331,6 +325,13 @@ class CorrSteer(Method):
         variants = SteeringVectors.stack([self.vectors_of(features, scale) for scale in scales], self._schedule_here)
         columns = {"reward": self.try_also(variants).mean(1).tolist(), **damage(self, self.budget, variants)}
         return [Strength(scale, **{k: v[i] for k, v in columns.items()}) for i, scale in enumerate(scales)]
+
+    def describe(self, features: Sequence[Feature]) -> list[Card]:
+        """Cards of some features, after a fit and before a checkpoint of it is read. Every process must call it."""
+        strongest = self.search.strongest.of(features)
+        rows = sorted({row for some in strongest for _, row in some})
+        samples = observed(self, rows, everywhere=self.hparams["pool"] == "all")
+        return make_cards(self.llm, self.saes, features, self.counted, strongest, samples)
 
     def is_worth_saving(self) -> bool:
         """Whether rewards differ so far: equal ones would never lead to a selection."""
@@ -366,8 +367,8 @@ class CorrSteer(Method):
             null_max_correlation=null_max_correlation(self._moments.n_features, self.counted),
             score=self.hparams["score"],
             control=self.hparams["control"],
-            null_maxima=self.evidence.null_maxima,
-            overlap=self.evidence.overlap,
+            null_maxima=self.search.evidence.null_maxima,
+            overlap=self.search.evidence.overlap,
             left_out=self._left_out,
             llm=self.llm.identity,
             saes=self._identity or {},
@@ -442,10 +443,9 @@ class CorrSteer(Method):
     def state(self) -> dict[str, Any]:
         """The selection, the directions of its candidates, and what rebuilds the sums, which are buffers."""
         self.sums.merge()
-        self.search.merge()
-        search = {"layers": self.search.layers, "permutations": self.search.permutations}
         return {
-            "search": {**search, "evidence": vars(self.evidence), "blocks": self.blocks.state()},
+            "search": self.search.state(),
+            "cards": self.cards,
             "widths": self.sums.widths,
             "pools": self.pools,
             "selection": self.selection.as_dict() if self.selection else None,
@@ -460,7 +460,7 @@ class CorrSteer(Method):
             # Lightning loads the values of these buffers after this hook.
             widths = {int(layer): d_sae for layer, d_sae in state["widths"].items()}
             self.sums = Accumulator(widths, state["pools"])
-            self._restore_search(state["search"], widths)
+            self.search, self.cards = Search.restored(state["search"]), list(state["cards"])
             fitted = None if state["selection"] is None else Selection.from_dict(state["selection"])
             self.directions, self.snapshots = dict(state["directions"]), list(state["snapshots"])
             self._probe = state["probe"] and (state["probe"]["layer"], Probe.from_dict(state["probe"]))
@@ -475,13 +475,6 @@ class CorrSteer(Method):
                     "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
                     f"chosen none for these features (rule {rule}). Give one number, or fit again."
                 )
-
-    def _restore_search(self, state: dict[str, Any], widths: dict[int, int]) -> None:
-        self.evidence = Evidence.from_dict(state["evidence"])
-        self.search = Search({layer: widths[layer] for layer in state["layers"]}, state["permutations"])
-        if self._trainer is not None:
-            self.blocks = self._no_blocks()
-            self.blocks.restore(state["blocks"], self.global_rank)
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders of the fit."""
@@ -505,10 +498,11 @@ class CorrSteer(Method):
     # ---------------------------------------------------------------- what users see
 
     def write(self, folder: Path) -> None:
-        """``selection.json`` and ``steering.safetensors``."""
+        """``selection.json``, ``features.json`` with the cards of what was selected, and ``steering.safetensors``."""
         if self.selection is None:
             raise self.unfitted()
         write_json(folder / "selection.json", {**self.selection.as_dict(), "snapshots": self.snapshots})
+        write_json(folder / "features.json", {"cards": self.cards})
         vectors = SteeringVectors(self.steering_vectors(), self.schedule)
         write_atomically(folder / "steering.safetensors", vectors.save)
 

@@ -1,18 +1,20 @@
 """What a search over all features finds by chance, and whether it finds the same in half of the samples."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from corrsteer_pl.data import Batch
 from corrsteer_pl.methods.accumulate import MergedSums
-from corrsteer_pl.methods.blocks import Block
+from corrsteer_pl.methods.blocks import Block, Blocks, Key
+from corrsteer_pl.methods.strongest import Strongest
 from corrsteer_pl.selection import Feature, rank
 from corrsteer_pl.stats import PARTS, SearchSums, halves, null_maxima, search_p_value
-from corrsteer_pl.strategy import all_reduce_sum
+from corrsteer_pl.strategy import all_reduce_sum, this_process
 
 
 @dataclass(frozen=True)
@@ -41,55 +43,124 @@ class Evidence:
         return replace(feature, search_p_value=p_value, stability=self.stability.get(feature.name))
 
 
-class Search(MergedSums):
-    """:class:`SearchSums` of every layer, from the blocks of a fit.
+class Search(nn.Module):
+    """What a fit notes of its search over features, beside the sums that it searches in.
+
+    Sums with permuted rewards and of parts of the samples, and the samples on which each feature was strongest.
 
     Args:
         widths: ``d_sae`` of each layer.
+        pool: Which pool of the activations is searched.
         permutations: How often the rewards are permuted.
+        seed: Seed of the permutations.
+        deal: Whether samples are dealt the rewards of others.
+
+    Attributes:
+        blocks: The samples that wait for the rewards of their neighbours.
+        strongest: The samples on which each feature was strongest.
+        evidence: How far what was found can be believed.
+        is_over: Whether all samples have been seen and judged, so that the sums are gone.
     """
 
-    def __init__(self, widths: Mapping[int, int], permutations: int) -> None:
-        super().__init__({f"layer{layer}": SearchSums(d_sae, permutations) for layer, d_sae in widths.items()})
-        self.layers, self.permutations = list(widths), permutations
+    def __init__(
+        self, widths: Mapping[int, int], pool: str = "max", permutations: int = 0, seed: int = 0, deal: bool = False
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"pool": pool, "permutations": permutations, "seed": seed, "deal": deal}
+        self.pool, self.deal = pool, deal
+        self.blocks, self.strongest = Blocks(permutations, seed, deal), Strongest(widths)
+        self.evidence, self.is_over = Evidence(), not widths
+        self.sums = MergedSums({_key(layer): SearchSums(d_sae, permutations) for layer, d_sae in widths.items()})
 
-    def add(self, block: Block, pool: str) -> None:
-        """Add the samples of a block."""
-        for layer in self.layers:
-            _update(self.fresh[f"layer{layer}"], block, layer, pool)
+    @property
+    def size(self) -> int:
+        """Bytes of all sums, and of what is kept of the strongest samples."""
+        return self.sums.size + self.strongest.size
 
-    def judge(self, unfinished: Sequence[Block], candidates: Sequence[Feature], options: Mapping[str, Any]) -> Evidence:
-        """Judge the correlations of all samples so far, those of an unfinished block included.
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are searched."""
+        return list(self.strongest.values)
+
+    def add(self, batch: Batch, pools: Mapping[Key, Tensor], rewards: Tensor) -> list[Block]:
+        """Take in a batch with its pooled activations ``(batch, d_sae)`` and rewards ``(batch,)``.
 
         Every process must call it.
 
-        Args:
-            unfinished: The block that has not been added, if there is one.
-            candidates: The candidates, ranked by correlation.
-            options: ``pool, topk, topm`` of :class:`~corrsteer_pl.CorrSteer`.
+        Returns:
+            The blocks of which all samples have been seen now.
         """
+        if self.is_over:
+            return []
+        for layer in self.layers:
+            self.strongest.add(layer, pools[layer, self.pool], batch.rows, batch.weight)
+        # Only who is dealt other rewards needs the other pools again.
+        self.blocks.add(batch, {key: x for key, x in pools.items() if self.deal or key[1] == self.pool}, rewards)
+        return self._added(self.blocks.finished(batch.counted))
+
+    def cut(self, counted: int) -> list[Block]:
+        """The last block as far as it has been seen, after which another begins. Every process must call it."""
+        return [] if self.is_over else self._added(self.blocks.cut(counted))
+
+    def _added(self, blocks: list[Block]) -> list[Block]:
+        for block in blocks:
+            for layer in self.layers:
+                _update(self.sums.fresh[_key(layer)], block, layer, self.pool)
+        return blocks
+
+    def judge(self, counted: int, candidates: Sequence[Feature], topk: int, topm: int, is_last: bool) -> None:
+        """Judge the correlations of all samples so far. Every process must call it.
+
+        Args:
+            counted: How many samples have been seen.
+            candidates: The candidates, ranked by correlation.
+            topk: How many features of each sign are compared between halves.
+            topm: How many of each sign are candidates.
+            is_last: Whether there are no more; then the sums are given up, as nothing more will be asked of them.
+        """
+        if self.is_over:
+            return
         maxima: list[Tensor] = []
         overlap: dict[str, float] = {}
         stability: dict[str, float] = {}
+        unfinished = self.blocks.unfinished(counted)
         for layer in self.layers:
-            sums = self._with(unfinished, layer, options["pool"])
+            sums = self._whole(unfinished, layer)
             maxima.append(null_maxima(sums))
             mine = [f for f in candidates if f.layer == layer]
-            overlap[str(layer)], shares = stability_of(sums, mine, options["topk"], options["topm"])
+            overlap[str(layer)], shares = stability_of(sums, mine, topk, topm)
             stability |= {f.name: share for f, share in zip(mine, shares, strict=True)}
         # A permutation is the same in all layers, so that it has one largest |r|.
-        largest = torch.stack(maxima).max(0).values if maxima else torch.zeros(0)
-        return Evidence(tuple(largest.tolist()), overlap, stability)
+        self.evidence = Evidence(tuple(torch.stack(maxima).amax(0).tolist()), overlap, stability)
+        if is_last:
+            self.sums, self.is_over = MergedSums({}), True
 
-    def _with(self, blocks: Iterable[Block], layer: int, pool: str) -> SearchSums:
-        merged = self.merged[f"layer{layer}"]
-        more = deepcopy(self.fresh[f"layer{layer}"])
-        for block in blocks:
-            _update(more, block, layer, pool)
-        for buffer in more.buffers():
+    def _whole(self, unfinished: Sequence[Block], layer: int) -> SearchSums:
+        """The sums of all processes, with a block that has not been added."""
+        whole = deepcopy(self.sums.fresh[_key(layer)])
+        for block in unfinished:
+            _update(whole, block, layer, self.pool)
+        for buffer in whole.buffers():
             all_reduce_sum(buffer)
-        more.absorb(deepcopy(merged))
-        return more
+        whole.absorb(deepcopy(self.sums.merged[_key(layer)]))
+        return whole
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside the sums, which are buffers. Every process must call it."""
+        self.sums.merge()
+        left = None if self.is_over else {"blocks": self.blocks.state(), "strongest": self.strongest.state()}
+        widths = {} if self.is_over else {layer: kept.shape[1] for layer, kept in self.strongest.values.items()}
+        return {"options": self.options, "widths": widths, "evidence": vars(self.evidence), "left": left}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Self:
+        """A search that goes on from a checkpoint, whose sums are still to be loaded."""
+        search = cls(state["widths"], **state["options"])
+        search.evidence = Evidence.from_dict(state["evidence"])
+        if state["left"] is not None:
+            search.blocks.restore(state["left"]["blocks"], this_process())
+            search.strongest.restore(state["left"]["strongest"], this_process())
+        return search
 
 
 def stability_of(sums: SearchSums, candidates: Collection[Feature], topk: int, topm: int) -> tuple[float, list[float]]:
@@ -103,12 +174,16 @@ def stability_of(sums: SearchSums, candidates: Collection[Feature], topk: int, t
     """
     common, again = [], [0] * len(candidates)
     for pair in halves(sums):
-        ranked = [rank(r, r, topk) for r in pair]
-        first, second = ({*positive, *negative} for positive, negative in ranked)
+        best = [rank(r, r, topk) for r in pair]
+        first, second = ({*positive, *negative} for positive, negative in best)
         common.append(len(first & second) / max(1, len(first), len(second)))
         for i, f in enumerate(candidates):
-            again[i] += sum(f.index in (best if f.sign == "positive" else worst)[:topm] for best, worst in ranked)
+            again[i] += sum(f.index in (high if f.sign == "positive" else low)[:topm] for high, low in best)
     return sum(common) / len(common), [count / (2 * len(common)) for count in again]
+
+
+def _key(layer: int) -> str:
+    return f"layer{layer}"
 
 
 def _update(sums: SearchSums, block: Block, layer: int, pool: str) -> None:

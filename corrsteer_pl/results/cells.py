@@ -18,6 +18,7 @@ from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.text_loss import text_loss
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.methods.cards import Card
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
@@ -27,15 +28,14 @@ from corrsteer_pl.results.controls import (
     shuffled_fit,
     without_repetitions,
 )
-from corrsteer_pl.results.features import describe_features
 from corrsteer_pl.results.plan import Plan, TaskPlan
 from corrsteer_pl.results.refusing import refusal_log_odds
 from corrsteer_pl.rewards.judges import RefusalReward
 from corrsteer_pl.selection import Feature, Selection, Strength, best_strength, reselect
 from corrsteer_pl.version import commit, machine
 
-# Answers that changed, shown each way; texts of the fit that snippets are taken from.
-SHOWN, SNIPPET_TEXTS = 5, 200
+# Answers that changed, shown each way.
+SHOWN = 5
 UNSTEERED, SHUFFLED, RANDOM = "unsteered", "shuffled rewards", "random features"
 SYSTEM, SHOTS = "system prompt", "shots"
 # The first rule, at a strength chosen on validation.
@@ -133,7 +133,7 @@ class Bench:
         with _timed(cell, "damage"):
             cell.damage = dict(self._damage(module, variants))
         with _timed(cell, "features"):
-            self._describe(cell, module, data, first)
+            cell.features = [_described(*pair) for pair in zip(first, module.describe(first), strict=True)]
         cell.counts = {split: len(data.examples[split]) for split in ("train", "validation", "test")}
         cell.fit_reward = module.fit_reward
         cell.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -244,11 +244,6 @@ class Bench:
         """The unchanged model's loss on plain text, the same for all cells."""
         return text_loss(self.llm, self.texts, {}) if self.texts else None
 
-    def _describe(self, cell: Cell, module: CorrSteer, data: TaskDataModule, features: tuple[Feature, ...]) -> None:
-        examples = data.examples["train"][:SNIPPET_TEXTS]
-        rows = [data.token_ids(example, data.fit_task) for example in examples] if features else []
-        cell.features = describe_features(module, features, rows)
-
 
 def _compare(
     cell: Cell, data: TaskDataModule, named: dict[str, Vectors], texts: list[list[str]], rewards: Tensor
@@ -265,6 +260,13 @@ def _compare(
             for i in order[:SHOWN]
             if sign * gain[i] > 0
         ]
+
+
+def _described(feature: Feature, card: Card) -> dict[str, Any]:
+    """A feature for the page."""
+    kept = ("layer", "index", "correlation", "coefficient", "validation_reward")
+    seen = [{"value": s.value, "text": f"{s.before}«{s.token}»{s.after}"} for s in card.snippets]
+    return {**{name: getattr(feature, name) for name in kept}, "likelier": card.likelier, "snippets": seen}
 
 
 def _selected(selection: Selection | None, rule: str) -> tuple[Feature, ...]:

@@ -49,7 +49,7 @@ def refused(capsys, *args):
 
 def test_a_fit_leaves_its_results(here):
     files = {str(p.relative_to("checkpoints/demo")) for p in Path("checkpoints/demo").rglob("*") if p.is_file()}
-    assert {"last.ckpt", "config.yaml", "selection.json", "steering.safetensors"} <= files
+    assert {"last.ckpt", "config.yaml", "selection.json", "features.json", "steering.safetensors"} <= files
     assert not [f for f in files if "tmp" in f]
     selection = json.loads(Path("checkpoints/demo/selection.json").read_text())
     assert selection["samples"] == 96

@@ -270,5 +270,5 @@ def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
     run = tmp_path / "checkpoints/demo"
     assert read_checkpoint(run / "last.ckpt")["corrsteer_pl"]["counted"] == 101
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.yaml", "last.ckpt", "logs", "selection.json", "steering.safetensors",
+        "config.yaml", "features.json", "last.ckpt", "logs", "selection.json", "steering.safetensors",
     ]  # fmt: skip

@@ -145,14 +145,14 @@ def test_an_interrupted_fit_finds_the_same(small_blocks, tmp_path, control):
     fit({"batch_size": 10}, tmp_path / "cut", trainer={"max_steps": 7}, **options)
     checkpoint = tmp_path / "cut/last.ckpt"
     stored = torch.load(checkpoint, weights_only=True)
-    assert any(name.startswith("search.") for name in stored["state_dict"])
+    assert any(name.startswith("search.sums.") for name in stored["state_dict"])
     again = fit({"batch_size": 10}, tmp_path / "cut", ckpt_path=checkpoint, **options)
     if control == "none":
         # A fit that was stopped in the middle of a block has dealt the rewards of that half among themselves.
         assert again.selection == whole.selection
     assert again.selection.samples == 150
     finished = torch.load(checkpoint, weights_only=True)
-    assert not any(name.startswith("search.") for name in finished["state_dict"])
+    assert not any(name.startswith("search.sums.") for name in finished["state_dict"])
     # It has nothing more to do, and still says the same.
     once_more = fit({"batch_size": 10}, tmp_path / "cut", ckpt_path=checkpoint, **options)
     assert once_more.selection == again.selection

@@ -20,7 +20,6 @@ from corrsteer_pl.models.decoding.decode import Decoder, Padded
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results import __main__ as results
 from corrsteer_pl.results.cells import RANDOM, SHUFFLED, UNSTEERED, Bench, Cell
-from corrsteer_pl.results.features import likelier_tokens, snippets
 from corrsteer_pl.results.page import page, verdict
 from corrsteer_pl.results.picture import Point, draw
 from corrsteer_pl.results.plan import Plan, SaePlan, TaskPlan
@@ -213,27 +212,6 @@ def test_log_odds_are_those_of_the_softmax(llm):
             p = logits.double().softmax(-1)[first_tokens(llm)].sum()
             assert found[variant, i].item() == pytest.approx(torch.log(p / (1 - p)).item(), abs=1e-3)
     assert (found[0] - found[1]).abs().min() > 0.01
-
-
-def test_snippets_mark_where_a_feature_is_strongest(fitted, llm):
-    feature = fitted.selection.candidates[0]
-    data = TaskDataModule("demo_qa")
-    data.setup("fit")
-    rows = [llm.token_ids(example.prompt) for example in data.examples["train"][:12]]
-    found, others = snippets(fitted, fitted.selection.candidates[:2], rows)
-    assert others == snippets(fitted, fitted.selection.candidates[1:2], rows)[0] != found
-    sae, best = fitted.saes[feature.layer], []
-    for row in rows:
-        states = llm.model(torch.tensor([row]), output_hidden_states=True).hidden_states[feature.layer + 1]
-        best.append(sae.encode(states)[0, 1:, feature.index].max().item())
-    assert found[0].value == pytest.approx(max(best), rel=1e-4)
-    assert all("«" in seen.text and "<pad>" not in seen.text for seen in found)
-    assert len({seen.text for seen in found}) == len(found)
-
-
-def test_likelier_tokens_are_the_heads_own(llm):
-    head = llm.model.get_output_embeddings().weight
-    assert likelier_tokens(llm, head[300])[0] == llm.tokenizer.decode([int((head @ head[300]).argmax())])
 
 
 def metrics(reward, differences=(0.0,), p_values=(1.0,), vectors=(1,)):
