@@ -6,7 +6,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,6 +22,7 @@ from corrsteer_pl.cli.arguments import (
     with_checkpoint,
     with_whole_dicts,
 )
+from corrsteer_pl.cli.parser import OneSentence
 from corrsteer_pl.cli.processes import is_told, tell
 from corrsteer_pl.cli.progress import Progress
 from corrsteer_pl.cli.safe_yaml import check_finite
@@ -123,12 +124,8 @@ def _diagnose(args: list[str], given: dict[str, Any]) -> None:
     show("A fit would start.")
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose complaints are one sentence."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong."""
-        raise UserError(f"{one_line(message)} See --help for what is allowed.") from ex
+class Parser(OneSentence, LightningArgumentParser):
+    """The parser of Lightning's command line."""
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -22,7 +22,10 @@ DATA = "corrsteer_pl.data.module:TaskDataModule"
 RESULTS = "corrsteer_pl.methods.run_files:RunFiles"
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 # Functions of the commands that are no stage of the Trainer.
-FUNCTIONS = {"train_saes": "corrsteer_pl.commands.train_saes:train_saes_on"}
+FUNCTIONS = {
+    "report": "corrsteer_pl.commands.report:report_on",
+    "train_saes": "corrsteer_pl.commands.train_saes:train_saes_on",
+}
 # Arguments of the Trainer's stages, and what given_options adds.
 UNSHOWN = ("configs", "weights_only", "verbose", "return_predictions")
 CHECKPOINT = "Checkpoint of a fit; the settings of the fit apply unless others are given. 'last': that of this run."

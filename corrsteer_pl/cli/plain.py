@@ -1,17 +1,41 @@
 """Commands that are plain functions, whose options are the functions' arguments."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 
 from jsonargparse import auto_cli
 
-from corrsteer_pl.cli.lightning import Parser, quieten_lightning
-from corrsteer_pl.commands.train_saes import train_saes_on
+from corrsteer_pl.cli.options import FUNCTIONS
+from corrsteer_pl.cli.parser import PlainParser
 
-FUNCTIONS: dict[str, Callable] = {"train_saes": train_saes_on}
+# The option that arguments without a name are values of, by command.
+NAMELESS = {"report": "--runs"}
 
 
 def run(args: list[str]) -> int:
     """Run the command that the first argument names."""
-    quieten_lightning()
-    auto_cli(FUNCTIONS[args[0]], args=args[1:], as_positional=False, parser_class=Parser)
+    module, _, name = FUNCTIONS[args[0]].partition(":")
+    function = getattr(import_module(module), name)
+    if "transformers" in sys.modules:
+        # What needs a model takes seconds to import, and has more to say than a user wants to read.
+        from corrsteer_pl.cli.lightning import quieten_lightning
+
+        quieten_lightning()
+    given = list(_named(args[1:], NAMELESS.get(args[0])))
+    auto_cli(function, args=given, as_positional=False, parser_class=PlainParser)
     return 0
+
+
+def _named(args: Sequence[str], option: str | None) -> Iterator[str]:
+    """The arguments, with a name before those that have none.
+
+    Example:
+        >>> list(_named(["a", "--out", "b", "c"], "--runs"))
+        ['--runs+=a', '--out', 'b', '--runs+=c']
+    """
+    is_value = False
+    for argument in args:
+        nameless = option is not None and not is_value and not argument.startswith("-")
+        yield f"{option}+={argument}" if nameless else argument
+        is_value = not is_value and argument.startswith("--") and "=" not in argument

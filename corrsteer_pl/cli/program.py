@@ -21,10 +21,12 @@ class Command:
     Attributes:
         does: What it does, as a sentence.
         runs: ``module:function`` that takes the command's name and its arguments.
+        takes: What it takes beside options.
     """
 
     does: str
     runs: str
+    takes: str = ""
 
 
 STAGE, PLAIN = "corrsteer_pl.cli.lightning:run_stage", "corrsteer_pl.cli.plain:run"
@@ -36,6 +38,7 @@ COMMANDS = {
     "predict": Command("Write steered and unsteered answers side by side, without judging them.", STAGE),
     "transfer": Command("Test a fit on the task of each configuration, and on plain text, side by side.", TRANSFER),
     "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
+    "report": Command("Write what a run found as a page, or compare two runs in pairs.", PLAIN, "RUN [RUN]"),
     "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),
 }
 EXAMPLES = f"""examples:
@@ -72,7 +75,8 @@ def _main(args: list[str]) -> int:
         raise UserError(f"the command {command!r} is not known; choose one of {choices(COMMANDS)}.")
     args = with_found_configs(args)
     if {"-h", "--help"} & set(args):
-        sys.stdout.write(command_help(f"{PROGRAM} {command}", command, COMMANDS[command].does, args))
+        program = " ".join([PROGRAM, command, COMMANDS[command].takes]).strip()
+        sys.stdout.write(command_help(program, command, COMMANDS[command].does, args))
         return 0
     check_names(args)
     return _imported(COMMANDS[command].runs)(args)

@@ -19,7 +19,7 @@ from corrsteer_pl.models.sae_training.activations import batches, trunk
 from corrsteer_pl.selection import Feature
 
 # Tokens of the logit lens each way, and tokens of a snippet before and after the one that activates the feature.
-TOKENS, BEFORE, AFTER = 8, 16, 8
+TOKENS, BEFORE, AFTER = 8, 32, 12
 Z_95 = 1.959963984540054
 
 

@@ -31,6 +31,7 @@ class Feature:
         validation_reward: Mean reward in [0, 1] when it alone steers the validation split; None if untested.
         validation_better: How many validation samples it alone then changed for the better; None if untested.
         validation_worse: The same for the worse.
+        validation_error: Standard error of the mean difference from the unsteered rewards, in pairs; None if untested.
         neuronpedia: Address of its page on Neuronpedia; None if its SAE names none.
         search_p_value: How often chance finds a correlation as large as its own among all features of all layers;
             None if that was not measured.
@@ -52,6 +53,7 @@ class Feature:
     validation_reward: float | None = None
     validation_better: int | None = None
     validation_worse: int | None = None
+    validation_error: float | None = None
     neuronpedia: str | None = None
     search_p_value: float | None = None
     stability: float | None = None

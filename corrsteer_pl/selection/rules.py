@@ -60,7 +60,10 @@ def measured(candidates: Sequence[Feature], rewards: Tensor) -> tuple[Feature, .
     means, found = rewards.mean(1).tolist(), []
     for f, mean, after in zip(candidates, means[1:], rewards[1:], strict=True):
         better, worse = changes(rewards[0], after)
-        found.append(replace(f, validation_reward=mean, validation_better=better, validation_worse=worse))
+        difference = after - rewards[0]
+        error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else None
+        f = replace(f, validation_reward=mean, validation_error=error)
+        found.append(replace(f, validation_better=better, validation_worse=worse))
     return tuple(found)
 
 

@@ -63,6 +63,7 @@ def test_a_fit_leaves_its_results(here):
         "validation_worse",
         "neuronpedia",
         "search_p_value",
+        "validation_error",
         "stability",
     }
     assert keys == set(selection["candidates"][0])

@@ -57,9 +57,11 @@ def test_every_flipped_byte_of_the_contents_is_found(whole):
 
 
 def test_other_formats_and_programs_say_what_to_do(whole, tmp_path):
-    for version in (1, 3):
+    for version in (1, FORMAT + 1):
         path = changed(whole, lambda c, v=version: c[KEY].update(format=v))
-        with pytest.raises(UserError, match=f"has format {version}, but this version of corrsteer_pl reads format 2"):
+        with pytest.raises(
+            UserError, match=f"has format {version}, but this version of corrsteer_pl reads format {FORMAT}"
+        ):
             read_checkpoint(path)
     # The first format had no number.
     with pytest.raises(UserError, match="has format 1, but"):

@@ -1,0 +1,79 @@
+"""From what a report shows to a page and to Markdown."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from corrsteer_pl.evaluation.words import Piece
+
+# Longest line of a question that is shown in short.
+SHORT = 110
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Fill a template of this package; what ends in ``.html.j2`` escapes all that it shows."""
+    environment = Environment(
+        loader=PackageLoader("corrsteer_pl.evaluation"),
+        undefined=StrictUndefined,
+        autoescape=lambda name: name is not None and ".html" in name,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= FILTERS
+    text = environment.get_template(template).render(context)
+    return text if ".html" in template else re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _signed_number(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _p_value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _ratio(m: Mapping[str, Any]) -> str:
+    ratio = m["side_effect_ratio"]
+    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f} to {m['ser_high']:.2f})"
+
+
+def _shortened(text: str) -> str:
+    """As much of a text as fits on a line."""
+    whole = " ".join(text.split())
+    return whole if len(whole) <= SHORT else f"{whole[:SHORT]}…"
+
+
+def _visible(token: str) -> str:
+    """A token whose white space can be seen."""
+    return token.replace("\n", "⏎").replace("\t", "⇥") if token.strip() else token.replace(" ", "␣").replace("\n", "⏎")
+
+
+def _joined(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def _md(text: str) -> str:
+    """A text of others as code in Markdown, on one line."""
+    line = " ".join(text.replace("`", "'").split()) or "(nothing)"
+    return f"`{line}`".replace("|", "\\|")
+
+
+FILTERS = {
+    "percent": _percent, "signed": _signed, "number": _number, "signed_number": _signed_number, "p_value": _p_value,
+    "ratio": _ratio, "shortened": _shortened, "visible": _visible, "joined": _joined, "md": _md,
+}  # fmt: skip
