@@ -40,8 +40,11 @@ class NumberTokenizer:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
+    def decode(self, row: Sequence[int], **_: Any) -> str:
+        return " ".join(str(int(token)) for token in row if token > EOS)
+
     def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
-        return [" ".join(str(int(token)) for token in row if token > EOS) for row in rows]
+        return [self.decode(row) for row in rows]
 
 
 class NumberTask(Task):
