@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -36,6 +37,11 @@ def test_every_option_named_in_the_documentation_exists():
     named = set(re.findall(r"--((?:model|data|trainer|results)\.\w+)", texts))
     assert len(named) > 8
     assert {option for option in named if f"--{option}" not in shown.getvalue()} == set()
+
+
+def test_the_drawing_is_what_its_command_writes():
+    drawn = run_path(str(ROOT / "docs/how_it_works.py"))["draw"]()
+    assert (ROOT / "docs/how_it_works.svg").read_text(encoding="utf-8") == drawn
 
 
 def test_links_in_the_documentation_lead_somewhere():
