@@ -167,19 +167,23 @@ class Blocks:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores: the samples of all processes that wait. Every process must call it."""
-        waiting = [
-            {"rows": some.rows, "rewards": some.rewards, "x": {key: vars(rows) for key, rows in some.x.items()}}
-            for some in gather_lists(self._waiting)
-        ]
+        everyone = gather_lists(self._waiting)
+        # In one piece, as a file of thousands of small tensors takes long to write.
+        waiting = {
+            "rows": [row for some in everyone for row in some.rows],
+            "rewards": torch.cat([some.rewards for some in everyone]),
+            "x": {key: vars(SparseRows.joined([some.x[key] for some in everyone])) for key in everyone[0].x},
+        } if everyone else None  # fmt: skip
         return {"next": self._next, "waiting": waiting}
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
         """Go on from a checkpoint; the samples that wait do so on the first process."""
-        self._next = state["next"]
-        self._waiting = [
-            Waiting(some["rows"], some["rewards"], {key: SparseRows(**rows) for key, rows in some["x"].items()})
-            for some in (state["waiting"] if rank == 0 else ())
-        ]
+        self._next, waiting = state["next"], state["waiting"]
+        if waiting is not None and rank == 0:
+            x = {key: SparseRows(**rows) for key, rows in waiting["x"].items()}
+            self._waiting = _by_block(Waiting(waiting["rows"], waiting["rewards"], x))
+        else:
+            self._waiting = []
 
 
 def _block_of(row: int) -> int:
