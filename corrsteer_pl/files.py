@@ -29,13 +29,17 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute()) if exists(path) else path
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--trainer.default_root_dir") -> None:
     """Check that results can be written below a folder that need not exist yet; makes nothing.
+
+    Args:
+        folder: The folder.
+        option: What names it.
 
     Raises:
         UserError: They cannot.
     """
-    instead = "Set --trainer.default_root_dir to a folder that can."
+    instead = f"Set {option} to a folder that can."
     if "\0" in str(folder) or any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
         raise UserError(f"{folder} cannot be written: a part of its name is too long, or no name at all. {instead}")
     nearest = next(place for place in (folder, *folder.absolute().parents) if exists(str(place)))

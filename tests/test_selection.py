@@ -77,7 +77,8 @@ def test_a_negative_feature_is_steered_with_minus_its_mean():
 def test_selection_survives_json():
     selection = Selection(
         "greedy", tuple(CANDIDATES[:2]), tuple(CANDIDATES), (), 0.5, 10, 0.4, 0.3, "pearson", 0.6, (0.55, 0.6), 2.0,
-        (Strength(0.0, 0.5), Strength(2.0, 0.6, kl=0.1)), "none", (0.2, 0.1), {"1": 0.5}, {"1": 2}, {"name": "m"}, {},
+        (Strength(0.0, 0.5), Strength(2.0, 0.6, kl=0.1)), "none", (0.2, 0.1), {"1": 0.5}, "abc",
+        {"1": 2}, {"name": "m"}, {},
     )  # fmt: skip
     assert Selection.from_dict(json.loads(json.dumps(selection.as_dict()))) == selection
 

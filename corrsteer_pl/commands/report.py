@@ -6,9 +6,10 @@ from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.render import render
-from corrsteer_pl.evaluation.report import context, context_of_two
+from corrsteer_pl.evaluation.report import context
 from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import show
+from corrsteer_pl.evaluation.versus import context_of_two
 from corrsteer_pl.files import LAST, check_writable, write_utf8
 from corrsteer_pl.methods.provenance import read_checkpoint, settings_of
 
@@ -22,13 +23,14 @@ def report_on(runs: list[Path] | None = None, out: Path | None = None, test: str
         runs: Folder of a run, such as checkpoints/demo; with a second one, the two are compared in pairs of answers to
             the same questions.
         out: Folder to write into; the run's own, or the second run's own, if left out.
-        test: Name of the test that is shown, a folder below test/; that of the fit's own task if left out.
+        test: Name of the test that is shown, a folder below test/; left out, that of the fit's own task, or else the
+            latest, and of two runs one that both have.
     """
     if runs is None or len(runs) > 2:
         raise UserError(f"report takes the folder of one run, or of two that are compared, not {len(runs or ())}.")
-    folder = out or runs[-1]
-    check_writable(folder)
     found = [Run.read(run) for run in runs]
+    folder = out or runs[-1]
+    check_writable(folder, "--out")
     if len(found) == 2:
         kind, name = "compare", f"report-against-{found[0].name}"
         shown = context_of_two(found[0], found[1], test)

@@ -72,7 +72,7 @@ def train_saes_on(
     texts, asked = column_of(data, text, "--text"), column_of(prompts, prompt, "--prompt")
     if not texts and not asked:
         raise UserError("there is nothing to train SAEs on. Give texts with --data, or prompts with --prompts.")
-    check_writable(out)
+    check_writable(out, "--out")
     model = LanguageModel.load(llm, dtype)
     rows = token_rows(model, texts, max_tokens)
     with _bar() as bar:

@@ -60,11 +60,18 @@ def _shortened(text: str) -> str:
 
 def _visible(token: str) -> str:
     """A token whose white space can be seen."""
-    return token.replace("\n", "⏎").replace("\t", "⇥") if token.strip() else token.replace(" ", "␣").replace("\n", "⏎")
+    shown = token if token.strip() else token.replace(" ", "␣")
+    shown = shown.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def _joined(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
+
+
+def _cell(value: Any) -> str:
+    """Anything as plain words in Markdown: what would make a table, a tag or a stress does not."""
+    return re.sub(r"([|<>*_`\\\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
 def _md(text: str) -> str:
@@ -75,5 +82,5 @@ def _md(text: str) -> str:
 
 FILTERS = {
     "percent": _percent, "signed": _signed, "number": _number, "signed_number": _signed_number, "p_value": _p_value,
-    "ratio": _ratio, "shortened": _shortened, "visible": _visible, "joined": _joined, "md": _md,
+    "ratio": _ratio, "shortened": _shortened, "visible": _visible, "joined": _joined, "md": _md, "cell": _cell,
 }  # fmt: skip

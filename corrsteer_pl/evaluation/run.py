@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -40,7 +41,8 @@ class Run:
         selection: What was selected.
         snapshots: What each validation of the fit found.
         cards: Cards of the selected features, by name.
-        tests: Metrics of its finished tests, by name.
+        tests: Metrics of its finished tests, by name, the latest first.
+        stale: Names of tests of another fit in the same folder.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Run:
     snapshots: list[dict[str, Any]]
     cards: dict[str, dict[str, Any]]
     tests: dict[str, dict[str, Any]]
+    stale: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -74,8 +77,12 @@ class Run:
         cards = _json(folder / "features.json")["cards"] if (folder / "features.json").is_file() else []
         config = folder / "config.yaml"
         text = config.read_text(encoding="utf-8") if config.is_file() else ""
-        tests = {path.parent.name: _json(path) for path in sorted(folder.glob("test/*/metrics.json"))}
-        return cls(folder, text, yaml.safe_load(text) or {}, selection, snapshots, {c["name"]: c for c in cards}, tests)
+        latest = sorted(folder.glob("test/*/metrics.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        tests = {path.parent.name: _json(path) for path in latest}
+        stale = tuple(name for name, metrics in tests.items() if metrics.get("fit") != selection.mark)
+        current = {name: metrics for name, metrics in tests.items() if name not in stale}
+        named = {card["name"]: card for card in cards}
+        return cls(folder, text, yaml.safe_load(text) or {}, selection, snapshots, named, current, stale)
 
     @property
     def name(self) -> str:
@@ -83,24 +90,33 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def place(self) -> str:
+        """The folder as it can be written into a command, from where the report was asked for."""
+        return quote(str(self.folder if self.folder.name else self.folder.resolve()))
+
+    @property
     def task(self) -> str:
         """The task of the fit."""
         return str(self.option("data", "task") or next((m["task"] for m in self.tests.values()), "?"))
 
+    def options(self, part: str) -> dict[str, Any]:
+        """Options of the fit: of its ``model``, or of its ``data``."""
+        some = self.settings.get(part)
+        return dict(some.get("init_args", some)) if isinstance(some, Mapping) else {}
+
     def option(self, part: str, name: str) -> Any:
         """An option of the fit."""
-        some = self.settings.get(part)
-        some = some.get("init_args", some) if isinstance(some, Mapping) else {}
-        return some.get(name)
+        return self.options(part).get(name)
 
     def test(self, name: str | None = None) -> Test | None:
-        """A test by its name, or that of the fit's own task, or the only one there is; None if there is none.
+        """A test by its name, or that of the fit's own task, or the latest; None if there is none.
 
         Raises:
             UserError: There is none of that name.
         """
         if name is not None and name not in self.tests:
-            raise UserError(f"{self.folder} has no test {name}; it has {choices(self.tests) or 'none'}.")
+            other = " of this fit" if name in self.stale else ""
+            raise UserError(f"{self.folder} has no test {name}{other}; it has {choices(self.tests)}.")
         own = Path(self.task).name
         chosen = name or (own if own in self.tests else next(iter(self.tests), None))
         if chosen is None:

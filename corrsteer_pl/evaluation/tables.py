@@ -62,7 +62,7 @@ def _searched(selection: Selection) -> str:
     if not maxima:
         return ""
     text = f"; in all of them, by {len(maxima)} permutations: {maxima[len(maxima) // 2]:.2f}, at most {maxima[-1]:.2f}"
-    if all(f.like_chance for f in selection.candidates):
+    if selection.is_like_chance:
         text += "\nNo candidate correlates more than chance would have it (p > 0.05)."
     return text
 

@@ -157,6 +157,11 @@ class Method(PairedEvaluation):
         baseline, changed = rewards.mean(1)[:2].tolist()
         self.log_validation({"baseline_reward": baseline, "reward": changed})
 
+    @property
+    def mark(self) -> str | None:
+        """What tells this fit from another in the same folder; stands in the results of its tests."""
+        return None
+
     def write(self, folder: Path) -> None:
         """Write what a fit leaves beside its checkpoint; called on one process."""
 

@@ -10,6 +10,8 @@ from corrsteer_pl.models.sae import SITES
 from corrsteer_pl.selection import RULES, SIGNS
 from corrsteer_pl.stats import COEFFICIENTS, SCORES
 
+# Permutations of the rewards.
+FEWEST, MOST = 19, 1000
 CONTROLS = ("none", "shuffled_rewards", "random_features")
 
 
@@ -45,8 +47,11 @@ def _check_numbers(h: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.topm is {h['topm']}; it is a number of features from 1 to model.topk, which is {h['topk']}."
         )
-    if h["permutations"] < 0:
-        raise UserError(f"model.permutations is {h['permutations']}; it is a number of permutations, at least 0.")
+    if h["permutations"] != 0 and not FEWEST <= h["permutations"] <= MOST:
+        raise UserError(
+            f"model.permutations is {h['permutations']}; it is 0 for none, or a number from {FEWEST}, with which a "
+            f"p-value can be 0.05, to {MOST}."
+        )
     if not 0 <= h["min_improvement"] < 1:
         raise UserError(
             f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."

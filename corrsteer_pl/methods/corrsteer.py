@@ -108,7 +108,8 @@ class CorrSteer(Method):
         candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
             for as many as about a gibibyte, or a sixteenth of a GPU's memory, allows.
         permutations: How often the rewards are permuted, to learn how large a correlation chance finds in a search as
-            large as this one: the smallest p-value is ``1 / (permutations + 1)``. 0 leaves it out.
+            large as this one, from 19 to 1000 times: the smallest p-value is ``1 / (permutations + 1)``. 0 leaves it
+            out.
         control: Deprive the fit of what it should depend on, and see what it finds then. ``shuffled_rewards``: samples
             get the rewards of others, while validation keeps the true ones. ``random_features``: candidates are random
             features of the same layers, with the coefficients of those that would have been. ``none``: neither.
@@ -281,7 +282,9 @@ class CorrSteer(Method):
         self._ranking, self._candidates = rank_features(self.sums, self.saes, self.hparams)
         if self.has_seen_all:
             is_last = self.counted == len(self.datamodule.examples.get("train", ()))
-            self.search.judge(self.counted, self._candidates, self.hparams["topk"], self.hparams["topm"], is_last)
+            # Halves are ranked by correlation, so that they say nothing of candidates that were ranked otherwise.
+            stable = self._candidates if self.hparams["score"] == "pearson" else ()
+            self.search.judge(self.counted, stable, self.hparams["topk"], self.hparams["topm"], is_last)
         if self.hparams["control"] == "random_features":
             seed = self.datamodule.hparams["seed"]
             self._candidates = random_features(self._candidates, self.sums, self.saes, self.hparams["pool"], seed)
@@ -302,6 +305,7 @@ class CorrSteer(Method):
         self.selection = self._describe_selection(candidates, baseline, choice)
         if isinstance(self.hparams["scale"], list) and choice.features:
             self.selection = self.selection.at(self._strengths(choice.features), self.budget.allows)
+        self.selection = self.selection.marked()
         if self.has_seen_all:
             for sentence in self.selection.doubts:
                 warnings.warn(sentence, stacklevel=2)
@@ -505,6 +509,11 @@ class CorrSteer(Method):
         write_json(folder / "features.json", {"cards": self.cards})
         vectors = SteeringVectors(self.steering_vectors(), self.schedule)
         write_atomically(folder / "steering.safetensors", vectors.save)
+
+    @property
+    def mark(self) -> str | None:
+        """That of the selection that the fit made, whatever a test makes of it."""
+        return self.selection.mark if self.selection else None
 
     def tables(self) -> list[Table]:
         """The tested candidates."""

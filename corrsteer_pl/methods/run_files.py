@@ -95,6 +95,7 @@ def _described(method: Any) -> dict[str, Any]:
     data = method.datamodule
     return {
         "method": method.name,
+        "fit": method.mark,
         "task": data.hparams["task"],
         "split": "test",
         "model": method.llm.name,

@@ -1,8 +1,10 @@
 """The features that steer, and where they come from."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 from corrsteer_pl.errors import UserError
@@ -36,6 +38,7 @@ class Selection:
         control: What the fit was deprived of, to see what it finds then; ``none`` for a fit of its own.
         null_maxima: The largest |r| of all features of all layers under each permutation of the rewards.
         overlap: By layer, the mean share of the ``topk`` features by |r| that two halves of the samples have in common.
+        mark: A short hash of all that a fit says here, by which its tests are recognised.
         left_out: By layer, how many samples its correlations lack, because an activation was not finite.
         llm: Name and fingerprint of the model.
         saes: Name and fingerprints of the autoencoders.
@@ -57,6 +60,7 @@ class Selection:
     control: str = "none"
     null_maxima: tuple[float, ...] = ()
     overlap: dict[str, float] = field(default_factory=dict)
+    mark: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     saes: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +69,16 @@ class Selection:
         """The same features at the best strength that is allowed."""
         best = best_strength(strengths, allows)
         return replace(self, scale=best.scale, joint_reward=best.reward, strengths=tuple(strengths))
+
+    def marked(self) -> "Selection":
+        """The same with its mark."""
+        said = json.dumps({**self.as_dict(), "mark": ""}, sort_keys=True)
+        return replace(self, mark=sha256(said.encode()).hexdigest()[:16])
+
+    @property
+    def is_like_chance(self) -> bool:
+        """Whether it is known that no candidate correlates more than chance would have it."""
+        return bool(self.candidates) and all(f.like_chance for f in self.candidates)
 
     @property
     def doubts(self) -> list[str]:

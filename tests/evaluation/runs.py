@@ -52,18 +52,19 @@ OTHERS = [outcome(i, i % 3 == 0, i % 2, "a fox ran") for i in range(60)]
 NOISE = {"flips": 2, "n": 60, "better": 1, "worse": 1}
 
 
-def write_run(folder: Path, outcomes=OUTCOMES, chosen=None, task="demo_qa", **metrics):
+def write_run(folder: Path, outcomes=OUTCOMES, chosen=None, task="demo_qa", name="demo_qa", **metrics):
     """A run; without a test if there are no outcomes."""
     snapshots = [
         {"samples": n, "baseline_reward": 0.4, "best_candidate_reward": 0.5 + n / 2000, "joint_reward": joint}
         for n, joint in ((100, None), (200, 0.6), (300, 0.65))
     ]
-    write_json(folder / "selection.json", {**(chosen or selection()).as_dict(), "snapshots": snapshots})
+    chosen = (chosen or selection()).marked()
+    write_json(folder / "selection.json", {**chosen.as_dict(), "snapshots": snapshots})
     write_json(folder / "features.json", {"cards": [{"name": f.name, **CARD} for f in FEATURES[:2]]})
     config = {"model": {"llm": "a-model", "rule": "greedy", "scale": [1, 1.5]}, "data": {"task": task, "seed": 0}}
     write_utf8(folder / "config.yaml", yaml.safe_dump(config))
     if outcomes:
         found = {**compare_outcomes(outcomes), "measures": {"bias": {"baseline": 0.1, "steered": None}}, **metrics}
-        write_json(folder / "test" / task / "metrics.json", {"task": task, **found})
-        write_jsonl(folder / "test" / task / "outcomes.jsonl", map(vars, outcomes))
+        write_json(folder / "test" / name / "metrics.json", {"task": task, "fit": chosen.mark, **found})
+        write_jsonl(folder / "test" / name / "outcomes.jsonl", map(vars, outcomes))
     return folder

@@ -131,7 +131,7 @@ def test_a_checkpoint_within_a_block_goes_on_as_if_nothing_had_happened(small_bl
 
 
 def test_batch_size_does_not_change_what_chance_finds(small_blocks):
-    one, other = fit(permutations=8), fit({"batch_size": 13}, permutations=8)
+    one, other = fit(permutations=20), fit({"batch_size": 13}, permutations=20)
     # Padding changes float32 rounding inside the model, about 1e-6 relative.
     np.testing.assert_allclose(one.selection.null_maxima, other.selection.null_maxima, atol=1e-5)
     assert one.selection.overlap == pytest.approx(other.selection.overlap, abs=0.02)
@@ -140,7 +140,7 @@ def test_batch_size_does_not_change_what_chance_finds(small_blocks):
 
 @pytest.mark.parametrize("control", ["none", "shuffled_rewards"])
 def test_an_interrupted_fit_finds_the_same(small_blocks, tmp_path, control):
-    options = {"permutations": 8, "control": control}
+    options = {"permutations": 20, "control": control}
     whole = fit({"batch_size": 10}, tmp_path / "whole", **options)
     fit({"batch_size": 10}, tmp_path / "cut", trainer={"max_steps": 7}, **options)
     checkpoint = tmp_path / "cut/last.ckpt"
@@ -148,7 +148,7 @@ def test_an_interrupted_fit_finds_the_same(small_blocks, tmp_path, control):
     assert any(name.startswith("search.sums.") for name in stored["state_dict"])
     again = fit({"batch_size": 10}, tmp_path / "cut", ckpt_path=checkpoint, **options)
     if control == "none":
-        # A fit that was stopped in the middle of a block has dealt the rewards of that half among themselves.
+        # A control that was stopped in the middle of a block has dealt the rewards of that half among themselves.
         assert again.selection == whole.selection
     assert again.selection.samples == 150
     finished = torch.load(checkpoint, weights_only=True)
@@ -198,7 +198,7 @@ def test_shuffled_rewards_find_nothing_and_say_so():
 
 
 def test_sums_of_shuffled_rewards_are_those_of_the_same_activations(small_blocks):
-    module = Watched("demo", "demo", layers=[1], control="shuffled_rewards", permutations=2)
+    module = Watched("demo", "demo", layers=[1], control="shuffled_rewards", permutations=19)
     make_trainer().fit(module, datamodule=TaskDataModule(**SMALL, sort_by_length=False))
     x, y = (torch.cat(parts).double() for parts in zip(*module.seen, strict=True))
     _, wrong, _ = dealt(x, y, 10, seed=0, deal=True)
@@ -218,6 +218,11 @@ def test_random_features_have_the_coefficients_of_those_that_they_replace():
     assert true.selection.ranking == module.selection.ranking
 
 
+def test_halves_say_nothing_of_candidates_that_are_not_ranked_by_correlation():
+    module = fit(score="mean_difference")
+    assert all(f.stability is None and f.search_p_value is not None for f in module.selection.candidates)
+
+
 def test_without_permutations_there_is_no_p_value():
     module = fit(permutations=0)
     assert all(f.search_p_value is None and f.stability is not None for f in module.selection.candidates)
@@ -225,6 +230,8 @@ def test_without_permutations_there_is_no_p_value():
 
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"permutations": -1}, "model.permutations is -1"),
+    ({"permutations": 18}, "it is 0 for none, or a number from 19, with which a p-value can be 0.05, to 1000."),
+    ({"permutations": 1001}, "model.permutations is 1001"),
     ({"control": "placebo"}, "model.control is 'placebo'; choose one of none, shuffled_rewards, random_features"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_told(options, sentence):
