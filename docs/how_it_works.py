@@ -50,7 +50,7 @@ def fit(x: float) -> list[str]:
         parts.append(text(x + 8, 206 + 18 * i, f"“{answer}”", 12))
         parts.append(text(x + 112, 206 + 18 * i, f"reward {reward}", 12, colour))
     parts.append(text(x, 272, "r = corr(activation, reward), from running", 12))
-    parts.append(text(x, 288, "sums: nothing else is kept", 12))
+    parts.append(text(x, 288, "sums, whatever the number of samples", 12))
     return parts
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -60,10 +59,8 @@ def missing(run: Run, test: Test | None, record: Mapping[str, Any]) -> list[tupl
         again = f"{tested} --model.noise_floor true"
         found.append(("How many answers rounding alone changes was not measured", again))
     if run.selection.control == "none":
-        place = run.folder if run.folder.name else run.folder.resolve()
         for control in ("shuffled_rewards", "random_features"):
-            folder = quote(str(Path(f"{place}_{control}")))
-            again = f"{fit} --model.control {control} --trainer.default_root_dir {folder}"
+            again = f"{fit} --model.control {control} --trainer.default_root_dir {run.beside(f'_{control}')}"
             found.append((f"The control {control} is a fit of its own, to be tested and compared", again))
     if not run.selection.null_maxima:
         found.append(("The rewards were not permuted, so there are no p-values", f"{fit} --model.permutations 32"))

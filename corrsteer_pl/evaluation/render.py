@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from corrsteer_pl.evaluation.words import Piece
+from corrsteer_pl.evaluation.tables import percent, ratio
+from corrsteer_pl.evaluation.words import Piece, shortened
 
-# Longest line of a question that is shown in short.
-SHORT = 110
+# Characters of a question that is shown in short.
+LINE = 110
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -27,10 +29,6 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return text if ".html" in template else re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def _signed(value: float) -> str:
     return f"{100 * value:+.1f}"
 
@@ -45,17 +43,6 @@ def _signed_number(value: float) -> str:
 
 def _p_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
-
-
-def _ratio(m: Mapping[str, Any]) -> str:
-    ratio = m["side_effect_ratio"]
-    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f} to {m['ser_high']:.2f})"
-
-
-def _shortened(text: str) -> str:
-    """As much of a text as fits on a line."""
-    whole = " ".join(text.split())
-    return whole if len(whole) <= SHORT else f"{whole[:SHORT]}…"
 
 
 def _visible(token: str) -> str:
@@ -81,6 +68,7 @@ def _md(text: str) -> str:
 
 
 FILTERS = {
-    "percent": _percent, "signed": _signed, "number": _number, "signed_number": _signed_number, "p_value": _p_value,
-    "ratio": _ratio, "shortened": _shortened, "visible": _visible, "joined": _joined, "md": _md, "cell": _cell,
+    "percent": percent, "signed": _signed, "number": _number, "signed_number": _signed_number, "p_value": _p_value,
+    "ratio": partial(ratio, to=" to "), "shortened": partial(shortened, most=LINE), "visible": _visible,
+    "joined": _joined, "md": _md, "cell": _cell,
 }  # fmt: skip

@@ -9,14 +9,14 @@ from corrsteer_pl.evaluation.again import commands, missing, settings
 from corrsteer_pl.evaluation.figures import Point
 from corrsteer_pl.evaluation.paired import Z_95, Outcome
 from corrsteer_pl.evaluation.run import Run, Test
-from corrsteer_pl.evaluation.words import Piece, differing_words
+from corrsteer_pl.evaluation.words import Piece, differing_words, shortened
 from corrsteer_pl.selection import Feature, Selection
 from corrsteer_pl.stats import TOLERANCE
 
 # Answers shown each way; p-values below which a difference is told from chance, and below which none is spelt out.
 SHOWN, LEVEL, SMALL = 100, 0.05, 0.001
 # Characters of a name beside a figure.
-LONGEST = 36
+LONGEST = 35
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _pictures(run: Run, test: Test | None) -> dict[str, str | None]:
     rarely = int(LEVEL * (len(maxima) + 1) + 1e-9) - 1
     limit = sorted(maxima, reverse=True)[rarely] if rarely >= 0 else None
     correlations = [Point(f.name, f.correlation, marked=chosen) for f, chosen in zip(candidates, marked, strict=True)]
-    percentages = [100 * reward for reward in selection.steps]
+    percentages, groups = [100 * reward for reward in selection.steps], _group_points(test)
     base = 100 * (selection.baseline_reward or 0.0)
     return {
         "candidates": figures.points(_gains(tested, selection), "change of the validation reward, points", "unsteered")
@@ -169,8 +169,7 @@ def _pictures(run: Run, test: Test | None) -> dict[str, str | None]:
         if candidates else None,
         "chance": figures.against_chance(maxima, correlations) if maxima and candidates else None,
         "convergence": _convergence(run.snapshots),
-        "groups": figures.points(_group_points(test), "change of the test reward, points", "unsteered")
-        if _group_points(test) else None,
+        "groups": figures.points(groups, "change of the test reward, points", "unsteered") if groups else None,
     }  # fmt: skip
 
 
@@ -202,10 +201,6 @@ def _convergence(snapshots: Sequence[Mapping[str, Any]]) -> str | None:
     return figures.curve([s["samples"] for s in snapshots], series, "samples of the fit", "validation reward, %")
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
-
-
 def _groups(test: Test | None) -> list[tuple[str, dict[str, Any]]]:
     groups = test.metrics.get("groups", {}) if test else {}
     return sorted(groups.items(), key=lambda item: -item[1]["difference"])
@@ -216,5 +211,5 @@ def _group_points(test: Test | None) -> list[Point]:
     for name, m in _groups(test):
         low, high = (None if m[end] is None else 100 * m[end] for end in ("ci_low", "ci_high"))
         marked = m["p_value_corrected"] < LEVEL
-        points.append(Point(f"{_short(name)} (n {m['n']})", 100 * m["difference"], low, high, marked))
+        points.append(Point(f"{shortened(name, LONGEST)} (n {m['n']})", 100 * m["difference"], low, high, marked))
     return points

@@ -92,7 +92,11 @@ class Run:
     @property
     def place(self) -> str:
         """The folder as it can be written into a command, from where the report was asked for."""
-        return quote(str(self.folder if self.folder.name else self.folder.resolve()))
+        return self.beside("")
+
+    def beside(self, suffix: str) -> str:
+        """The same of a folder beside it, whose name ends otherwise."""
+        return quote(f"{self.folder if self.folder.name else self.folder.resolve()}{suffix}")
 
     @property
     def task(self) -> str:

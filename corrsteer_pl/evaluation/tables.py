@@ -1,5 +1,6 @@
 """Tables of results for the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -92,19 +93,20 @@ def metrics_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             name, str(m["n"]), percent(m["reward_baseline"]), percent(m["reward_steered"]), percent(m["difference"]),
             f"{percent(m['ci_low'])} .. {percent(m['ci_high'])}", f"{m.get('p_value_corrected', m['p_value']):.2g}",
-            str(m["better"]), str(m["worse"]), _ratio(m),
+            str(m["better"]), str(m["worse"]), ratio(m),
         )  # fmt: skip
         if noise := m.get("noise_floor"):
             table.caption = (
                 f"{table.caption}\nnoise floor: unsteered once more in other batches, {noise['flips']} of {noise['n']} "
-                f"answers read otherwise, {noise['better']} are better, {noise['worse']} worse, SER {_ratio(noise)}"
+                f"answers read otherwise, {noise['better']} are better, {noise['worse']} worse, SER {ratio(noise)}"
             )
     return table
 
 
-def _ratio(m: dict[str, Any]) -> str:
-    ratio = m["side_effect_ratio"]
-    return "-" if ratio is None else f"{ratio:.2f} ({m['ser_low']:.2f}..{m['ser_high']:.2f})"
+def ratio(m: Mapping[str, Any], to: str = "..") -> str:
+    """A side-effect ratio with its interval."""
+    found = m["side_effect_ratio"]
+    return "-" if found is None else f"{found:.2f} ({m['ser_low']:.2f}{to}{m['ser_high']:.2f})"
 
 
 def measures_table(measures: dict[str, dict[str, float | None]]) -> Table:

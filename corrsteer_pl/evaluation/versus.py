@@ -3,11 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.again import options_of_test
-from corrsteer_pl.evaluation.paired import Outcome, paired_metrics
+from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes
 from corrsteer_pl.evaluation.report import LEVEL, SHOWN, Comparison, compared, control, figures_of, percentage
 from corrsteer_pl.evaluation.run import Run, Test
 
@@ -20,7 +18,8 @@ def context_of_two(one: Run, other: Run, name: str | None = None) -> dict[str, A
     """
     if one.folder.resolve() == other.folder.resolve():
         raise UserError(f"{one.folder} is given twice. Give two runs to compare, or one to report on.")
-    first, second = _tests(one, other, name)
+    name = name or _common(one, other)
+    first, second = (_tested(run, name) for run in (one, other))
     mine, theirs = ({o.id: o for o in test.outcomes} for test in (first, second))
     shared = [key for key in mine if key in theirs and theirs[key].prompt == mine[key].prompt]
     if not shared or len(shared) < max(len(mine), len(theirs)):
@@ -29,10 +28,9 @@ def context_of_two(one: Run, other: Run, name: str | None = None) -> dict[str, A
             f"{second.name}, and {len(shared)} are the same. Test both on the same task, splits and prompts."
         )
     outcomes = [_steered_pair(mine[key], theirs[key]) for key in shared]
-    rewards = torch.tensor([(o.reward_baseline, o.reward_steered) for o in outcomes], dtype=torch.float64)
     same = one.name == other.name
     names = (str(one.folder), str(other.folder)) if same else (one.name, other.name)
-    comparison = compared(outcomes, paired_metrics(rewards[:, 0], rewards[:, 1]), names)
+    comparison = compared(outcomes, compare_outcomes(outcomes), names)
     tests = [(f"{n}: {test.name}", test.metrics) for n, test in zip(names, (first, second), strict=True)]
     return {
         "title": f"{names[1]} against {names[0]}",
@@ -64,23 +62,20 @@ def _steered_pair(one: Outcome, other: Outcome) -> Outcome:
     )
 
 
-def _tests(one: Run, other: Run, name: str | None) -> tuple[Test, Test]:
-    """A test of each: of the name given, or else of one that both have."""
-    first = one.test(name)
-    if name is None and first is not None and first.name not in other.tests:
-        shared = next((some for some in one.tests if some in other.tests), None)
-        first, name = (one.test(shared), shared) if shared else (first, None)
-    elif name is None and first is not None:
-        name = first.name
-    second = other.test(name)
-    for run, test in ((one, first), (other, second)):
-        if test is None:
-            raise UserError(
-                f"{run.folder} has no test yet. Run: python -m corrsteer_pl test --ckpt_path {run.place}/last.ckpt"
-            )
-    assert first is not None
-    assert second is not None
-    return first, second
+def _common(one: Run, other: Run) -> str | None:
+    """A test that both runs have: that of the first one's own task, or else its latest."""
+    shared = [name for name in one.tests if name in other.tests]
+    own = one.test()
+    return own.name if own and own.name in shared else next(iter(shared), None)
+
+
+def _tested(run: Run, name: str | None) -> Test:
+    test = run.test(name)
+    if test is None:
+        raise UserError(
+            f"{run.folder} has no test yet. Run: python -m corrsteer_pl test --ckpt_path {run.place}/last.ckpt"
+        )
+    return test
 
 
 def _differing(*tested: tuple[Run, Test]) -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,17 @@ from difflib import SequenceMatcher
 from typing import NamedTuple
 
 
+def shortened(text: str, most: int) -> str:
+    r"""A text on one line, cut after ``most`` characters.
+
+    Example:
+        >>> shortened("the red hen\nran", 7)
+        'the red…'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 class Piece(NamedTuple):
     """A stretch of a text, and whether the other text has another in its place."""
 

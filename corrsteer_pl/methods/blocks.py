@@ -181,7 +181,7 @@ class Blocks:
         self._next, waiting = state["next"], state["waiting"]
         if waiting is not None and rank == 0:
             x = {key: SparseRows(**rows) for key, rows in waiting["x"].items()}
-            self._waiting = _by_block(Waiting(waiting["rows"], waiting["rewards"], x))
+            self._waiting = [Waiting(waiting["rows"], waiting["rewards"], x)]
         else:
             self._waiting = []
 

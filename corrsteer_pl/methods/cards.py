@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from corrsteer_pl.evaluation.paired import Z_95
 from corrsteer_pl.models.lens import logit_lens
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae import SparseAutoencoder
@@ -20,7 +21,6 @@ from corrsteer_pl.selection import Feature
 
 # Tokens of the logit lens each way, and tokens of a snippet before and after the one that activates the feature.
 TOKENS, BEFORE, AFTER = 8, 32, 12
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)

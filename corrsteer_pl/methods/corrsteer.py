@@ -136,18 +136,12 @@ class CorrSteer(Method):
     inspection = SteeringInspection
     settings = Settings(
         settled=(
-            "pool",
-            "coefficient_pool",
-            "coefficient",
-            "score",
-            "site",
-            "min_improvement",
-            "significance_level",
+            "pool", "coefficient_pool", "coefficient", "score", "site", "min_improvement", "significance_level",
             "control",
         ),
         resumed=("dtype", "sae_dtype", "permutations"),
         tested=("scale", "rule", "sign", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
-    )
+    )  # fmt: skip
 
     def __init__(
         self,

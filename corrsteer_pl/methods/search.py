@@ -59,7 +59,6 @@ class Search(nn.Module):
         blocks: The samples that wait for the rewards of their neighbours.
         strongest: The samples on which each feature was strongest.
         evidence: How far what was found can be believed.
-        is_over: Whether all samples have been seen and judged, so that the sums are gone.
     """
 
     def __init__(
@@ -69,13 +68,18 @@ class Search(nn.Module):
         self.options: dict[str, Any] = {"pool": pool, "permutations": permutations, "seed": seed, "deal": deal}
         self.pool, self.deal = pool, deal
         self.blocks, self.strongest = Blocks(permutations, seed, deal), Strongest(widths)
-        self.evidence, self.is_over = Evidence(), not widths
+        self.evidence = Evidence()
         self.sums = MergedSums({_key(layer): SearchSums(d_sae, permutations) for layer, d_sae in widths.items()})
 
     @property
     def size(self) -> int:
         """Bytes of all sums, and of what is kept of the strongest samples."""
         return self.sums.size + self.strongest.size
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all samples have been seen and judged, so that the sums are gone."""
+        return not self.sums.fresh
 
     @property
     def layers(self) -> list[int]:
@@ -133,7 +137,7 @@ class Search(nn.Module):
         # A permutation is the same in all layers, so that it has one largest |r|.
         self.evidence = Evidence(tuple(torch.stack(maxima).amax(0).tolist()), overlap, stability)
         if is_last:
-            self.sums, self.is_over = MergedSums({}), True
+            self.sums = MergedSums({})
 
     def _whole(self, unfinished: Sequence[Block], layer: int) -> SearchSums:
         """The sums of all processes, with a block that has not been added."""
