@@ -19,7 +19,8 @@ from tests.conftest import cli, run_here
 # 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
 DATA = ["--data.train_size=101", "--data.val_size=33", "--data.test_size=35", "--data.batch_size=1"]
 # Whatever is tried while validating, features together included, has to be the same on all processes.
-FIT = ["fit", "--config", "demo.yaml", "--model.rule=greedy", *DATA, "--trainer.enable_progress_bar=false"]
+METHOD = ["--model.rule=greedy", "--model.layers=[1,2]", "--model.permutations=19"]
+FIT = ["fit", "--config", "demo.yaml", *METHOD, *DATA, "--trainer.enable_progress_bar=false"]
 ROOT = Path(__file__).parents[2]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
 
@@ -134,7 +135,6 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
 @pytest.mark.parametrize(
     ("how", "delay", "before", "after"),
     [
-        (signal.SIGKILL, 0.0, [], []),
         (signal.SIGTERM, 0.3, [], []),
         (signal.SIGINT, 0.3, [], []),
         (signal.SIGKILL, 0.2, TWO, []),
@@ -142,7 +142,6 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
         (signal.SIGTERM, 0.3, [], ["--data.batch_size", "5"]),
     ],
     ids=[
-        "kill",
         "term",
         "interrupt",
         "kill two, resume on one",
@@ -183,7 +182,7 @@ PYTHON_DDP = """
 from lightning.pytorch import Trainer
 from corrsteer_pl import CorrSteer, TaskDataModule
 if __name__ == "__main__":
-    module = CorrSteer("demo", "demo", rule="greedy")
+    module = CorrSteer("demo", "demo", rule="greedy", layers=[1, 2], permutations=19)
     trainer = Trainer(strategy="{strategy}", devices=2, accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.fit(module, datamodule=TaskDataModule(train_size=101, val_size=33, batch_size=1))
     if trainer.is_global_zero:
@@ -247,7 +246,7 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
     rows = [{**row, "prompt": f"{row['prompt']} {i}", "id": i} for i, row in enumerate(requests * 5)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     peaks = []
-    for size in (500, 2500):
+    for size in (300, 1500):
         options = [
             "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
             f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
@@ -257,16 +256,16 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split("PEAK")[1]))
-    # The rows themselves take a few MB; activations of 2,000 samples more would take 16 MB per layer.
+    # The rows themselves take a few MB; activations of 1,200 samples more would take 10 MB per layer.
     assert peaks[1] < peaks[0] * 1.02
 
 
 @pytest.mark.slow
 def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
-    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1"]
+    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
-    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 3
+    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 2
     run = tmp_path / "checkpoints/demo"
     assert read_checkpoint(run / "last.ckpt")["corrsteer_pl"]["counted"] == 101
     assert sorted(path.name for path in run.iterdir()) == [
