@@ -123,7 +123,7 @@ def fit(world: World, folder: str, fitted: Any, validated: Any, **trainer: Any) 
         texts = [" ".join(map(str, ids)) for ids in prompts.input_ids.tolist()]
         write_jsonl(Path(folder) / f"{split}.jsonl", [{"prompt": text} for text in texts])
     module = CorrSteer("random", "random", check_alignment="off")
-    module.llm, module.saes = world.llm, world.saes
+    module.llm, module.encoders = world.llm, world.saes
     data = TaskDataModule("benchmarks.world.NumberTask", folder, train_size=10**6, batch_size=BATCH)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     Trainer(max_epochs=1, accelerator="cpu", logger=False, **quiet, **trainer).fit(module, datamodule=data)

@@ -39,6 +39,7 @@ COMMANDS = {
     "transfer": Command("Test a fit on the task of each configuration, and on plain text, side by side.", TRANSFER),
     "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
     "report": Command("Write what a run found as a page, or compare two runs in pairs.", PLAIN, "RUN [RUN]"),
+    "export": Command("Write the weights that a fit has changed as a model of their own.", PLAIN),
     "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),
 }
 EXAMPLES = f"""examples:

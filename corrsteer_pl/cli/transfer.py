@@ -7,7 +7,7 @@ from corrsteer_pl.cli.arguments import checkpoint_path, given_options, split_opt
 from corrsteer_pl.cli.lightning import guarded, run_once
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import metrics_table, show
-from corrsteer_pl.evaluation.text_loss import text_loss
+from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import read_rows, write_json
 
 # Options of this command; all others are those of a test.
@@ -63,12 +63,8 @@ def _texts(given: dict[str, Any]) -> list[str]:
 
 def _losses(method: Any, texts: list[str]) -> dict[str, Any]:
     """The loss on plain text, unsteered and steered at every position, in nats per token."""
-    unsteered = text_loss(method.llm, texts, {})
-    return {
-        "texts": len(texts),
-        "unsteered": unsteered,
-        "steered": text_loss(method.llm, texts, method.steering_vectors()),
-    }
+    unsteered, steered = text_losses(method.llm, texts, method.text_comparison())
+    return {"texts": len(texts), "unsteered": unsteered, "steered": steered}
 
 
 def _table(found: dict[str, dict[str, Any]], loss: dict[str, Any] | None) -> Any:

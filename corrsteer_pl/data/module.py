@@ -293,12 +293,19 @@ class TaskDataModule(LightningDataModule):
         ids, mask = self.collate(examples, self.fit_task if split == "train" else self.task)
         return Batch(ids, mask, torch.ones(len(rows)), examples, list(rows), 0)
 
-    def token_ids(self, example: Example, task: Task) -> list[int]:
-        """Tokens of an example's prompt; a text that is only read has neither shots nor chat template."""
+    def token_ids(self, example: Example, task: Task, system: str | None = None) -> list[int]:
+        """Tokens of an example's prompt; a text that is only read has neither shots nor chat template.
+
+        Args:
+            example: The example.
+            task: Its task.
+            system: A system message in place of ``system_prompt``.
+        """
         llm = self._module.llm
         if not task.generates:
             return llm.token_ids(example.prompt)
-        return llm.prompt_ids(self.turns(example), self.uses_chat(llm), self.hparams["system_prompt"])
+        system = self.hparams["system_prompt"] if system is None else system
+        return llm.prompt_ids(self.turns(example), self.uses_chat(llm), system)
 
     def collate(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, Tensor]:
         """Input ids and attention mask of examples, both ``(batch, longest)``, padded on the left."""

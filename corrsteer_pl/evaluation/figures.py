@@ -72,12 +72,12 @@ def points(some: Sequence[Point], label: str, zero: str) -> str:
 
 
 @_styled
-def by_layer(layers: Sequence[int], values: Sequence[float], marked: Sequence[bool], limit: float | None) -> str:
+def by_layer(layers: Sequence[int], some: Sequence[Point], limit: float | None) -> str:
     """Correlations of candidates by layer; between the dashed lines lies what chance finds."""
     figure, axes = _figure(2.8)
     for chosen, colour, label in ((True, ACCENT, "selected"), (False, MUTED, "not selected")):
-        rows = [i for i, is_marked in enumerate(marked) if is_marked == chosen]
-        axes.scatter([layers[i] for i in rows], [values[i] for i in rows], color=colour, s=26, label=label, zorder=3)
+        places = [(layer, p.value) for layer, p in zip(layers, some, strict=True) if p.marked == chosen]
+        axes.scatter([x for x, _ in places], [y for _, y in places], color=colour, s=26, label=label, zorder=3)
     axes.axhline(0, color=INK, linewidth=0.8)
     for line in (limit, -limit) if limit is not None else ():
         axes.axhline(line, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))

@@ -37,8 +37,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _signed_number(value: float) -> str:
-    return f"{value:+.3f}"
+def _signed_number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def _p_value(value: float | None) -> str:

@@ -149,12 +149,12 @@ def _pictures(run: Run, test: Test | None) -> dict[str, str | None]:
     selection = run.selection
     candidates = selection.candidates
     tested = [f for f in candidates if f.validation_reward is not None]
-    marked = [f in selection.features for f in candidates]
     maxima = selection.null_maxima
     # Above it, so few permutations have a larger |r| that p is at most 0.05.
     rarely = int(LEVEL * (len(maxima) + 1) + 1e-9) - 1
     limit = sorted(maxima, reverse=True)[rarely] if rarely >= 0 else None
-    correlations = [Point(f.name, f.correlation, marked=chosen) for f, chosen in zip(candidates, marked, strict=True)]
+    correlated = [(f, f.correlation) for f in candidates if f.correlation is not None]
+    correlations = [Point(f.name, r, marked=f in selection.features) for f, r in correlated]
     percentages, groups = [100 * reward for reward in selection.steps], _group_points(test)
     base = 100 * (selection.baseline_reward or 0.0)
     return {
@@ -165,9 +165,8 @@ def _pictures(run: Run, test: Test | None) -> dict[str, str | None]:
             "features that steer together, in the order in which they were added", "validation reward, %",
         ) if percentages else None,
         "strengths": _strengths(selection),
-        "layers": figures.by_layer([f.layer for f in candidates], [f.correlation for f in candidates], marked, limit)
-        if candidates else None,
-        "chance": figures.against_chance(maxima, correlations) if maxima and candidates else None,
+        "layers": figures.by_layer([f.layer for f, _ in correlated], correlations, limit) if correlated else None,
+        "chance": figures.against_chance(maxima, correlations) if maxima and correlated else None,
         "convergence": _convergence(run.snapshots),
         "groups": figures.points(groups, "change of the test reward, points", "unsteered") if groups else None,
     }  # fmt: skip

@@ -9,6 +9,13 @@ from rich.text import Text
 
 from corrsteer_pl.selection import Selection, Strength
 
+# What scores of vectors that are no features mean.
+MEANINGS = {
+    "difference": "difference: distance of the means of right and wrong answers",
+    "separation": "index: position from the end of the prompt; separation: squared distance of the means of both "
+    "classes, in units of the squared distance from them; coefficient: strength in percent of the weights",
+}
+
 
 def percent(value: float | None) -> str:
     """A reward or a difference, as percent."""
@@ -21,13 +28,8 @@ def selection_table(selection: Selection) -> Table:
     table = Table(
         title=f"Candidates after {selection.samples} samples, rule {selection.rule}{control}",
         caption=("" if selection.features else "Nothing improved on the baseline: the selection is empty.\n")
-        + (
-            "r: correlation with the reward; p: how often chance finds such a |r| in a search of all layers; again: "
-            "share of the halves of the samples in which the feature is a candidate; validation: reward when it alone "
-            f"steers\nvalidation reward of the unsteered model: {percent(selection.baseline_reward)} %; "
-            f"|r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
-            f"{_searched(selection)}"
-        ),
+        + f"{_columns(selection)}; validation: reward of each alone\n"
+        f"validation reward of the unsteered model: {percent(selection.baseline_reward)} %{_searched(selection)}",
     )
     if selection.joint_reward is not None and len(selection.features) > 1:
         table.caption = (
@@ -42,15 +44,33 @@ def selection_table(selection: Selection) -> Table:
     if selection.left_out:
         lacking = ", ".join(f"{count} of layer {layer}" for layer, count in selection.left_out.items())
         table.caption = f"{table.caption}\nleft out, for activations that are not finite: {lacking}"
-    for heading in ("site", "feature", "r", "p", "again", "coefficient", "validation %", "selected"):
+    correlated = selection.null_max_correlation is not None
+    evidence = ("r", "p", "again") if correlated else (selection.score,)
+    for heading in ("site", "index", *evidence, "coefficient", "validation %", "selected"):
         table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for f in selection.candidates:
         selected = ("yes, like chance" if f.like_chance else "yes") if f in selection.features else ""
+        shown = (_signed(f.correlation), _shown(f.search_p_value), _shown(f.stability)) if correlated else (
+            f"{f.score:.3g}",
+        )  # fmt: skip
         table.add_row(
-            f.site, str(f.index), f"{f.correlation:+.3f}", _shown(f.search_p_value), _shown(f.stability),
-            f"{f.coefficient:+.3f}", percent(f.validation_reward), selected,
+            f.site, str(f.index), *shown, f"{f.coefficient:+.3f}", percent(f.validation_reward), selected
         )  # fmt: skip
     return table
+
+
+def _columns(selection: Selection) -> str:
+    """What the columns of a table of candidates mean."""
+    if selection.null_max_correlation is None:
+        return MEANINGS[selection.score]
+    return (
+        "r: correlation with the reward; p: how often chance finds such a |r| in a search of all layers; again: share "
+        "of the halves of the samples in which the feature is a candidate"
+    )
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def _shown(share: float | None) -> str:
@@ -58,11 +78,14 @@ def _shown(share: float | None) -> str:
 
 
 def _searched(selection: Selection) -> str:
-    """What permutations say of the search."""
+    """What theory and permutations say of the search."""
+    if selection.null_max_correlation is None:
+        return ""
+    text = f"; |r| that chance alone reaches in a layer: about {selection.null_max_correlation:.2f}"
     maxima = sorted(selection.null_maxima)
     if not maxima:
-        return ""
-    text = f"; in all of them, by {len(maxima)} permutations: {maxima[len(maxima) // 2]:.2f}, at most {maxima[-1]:.2f}"
+        return text
+    text += f"; in all of them, by {len(maxima)} permutations: {maxima[len(maxima) // 2]:.2f}, at most {maxima[-1]:.2f}"
     if selection.is_like_chance:
         text += "\nNo candidate correlates more than chance would have it (p > 0.05)."
     return text

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from corrsteer_pl.stats import Moments, Sums
+from corrsteer_pl.stats import SCORES, Histogram, Moments, Sums
 from corrsteer_pl.strategy import all_reduce_sum
 
 
@@ -48,29 +48,68 @@ class MergedSums(nn.Module):
 
 
 class Accumulator(MergedSums):
-    """:class:`Moments` per layer and pool.
+    """:class:`Moments` per layer and pool, and a :class:`Histogram` per layer where a score needs one.
 
     Args:
         widths: ``d_sae`` of each layer.
         pools: Which pools of a layer are summed.
+        binned: The pool of which histograms are kept; None for none.
+        signed: Whether what is summed may be negative.
+        settled: Scores of each layer, if they are final; then there is no histogram.
     """
 
-    def __init__(self, widths: Mapping[int, int], pools: Iterable[str]) -> None:
+    def __init__(
+        self,
+        widths: Mapping[int, int],
+        pools: Iterable[str],
+        binned: str | None = None,
+        signed: bool = False,
+        settled: Mapping[int, Tensor] | None = None,
+    ) -> None:
         pools = list(pools)
-        super().__init__({self._key(layer, pool): Moments(n) for layer, n in widths.items() for pool in pools})
-        self.widths = dict(widths)
+        sums: dict[str, Sums] = {_key(layer, pool): Moments(n) for layer, n in widths.items() for pool in pools}
+        self.has_histograms = binned is not None and not settled
+        if self.has_histograms:
+            sums |= {_key(layer, "histogram"): Histogram(n, signed) for layer, n in widths.items()}
+        super().__init__(sums)
+        self.widths, self.binned, self.signed = dict(widths), binned, signed
+        self.pools, self.settled = pools, dict(settled or {})
 
-    @staticmethod
-    def _key(layer: int, pool: str) -> str:
-        return f"layer{layer}_{pool}"
+    def shape(self) -> dict[str, Any]:
+        """What rebuilds empty sums of the same kind."""
+        return {name: getattr(self, name) for name in ("widths", "pools", "binned", "signed", "settled")}
+
+    @classmethod
+    def shaped(cls, shape: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`shape`."""
+        return cls(**{**shape, "widths": {int(layer): width for layer, width in shape["widths"].items()}})
 
     def update(self, layer: int, pool: str, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add a batch of pooled activations ``(batch, d_sae)`` and rewards ``(batch,)``."""
-        self.fresh[self._key(layer, pool)].update(x, y, weight)
+        self.fresh[_key(layer, pool)].update(x, y, weight)
+        if self.has_histograms and pool == self.binned:
+            self.fresh[_key(layer, "histogram")].update(x, y, weight)
 
     def moments(self, layer: int, pool: str) -> Moments:
         """The merged sums."""
-        return self.merged[self._key(layer, pool)]
+        return self.merged[_key(layer, pool)]
+
+    def scores(self, layer: int, pool: str, score: str) -> Tensor:
+        """A score ``(d_sae,)`` by the merged sums."""
+        if layer in self.settled:
+            return self.settled[layer]
+        held = {"moments": self.moments(layer, pool)}
+        if self.has_histograms:
+            held["histogram"] = self.merged[_key(layer, "histogram")]
+        return SCORES[score].compute({name: held[name] for name in SCORES[score].needs})
+
+    def settle(self, score: str) -> None:
+        """Keep only the scores where histograms were needed for them: no more samples will come."""
+        if self.has_histograms and self.binned is not None:
+            self.settled = {layer: self.scores(layer, self.binned, score) for layer in self.widths}
+            self.has_histograms = False
+            for layer in self.widths:
+                del self.fresh[_key(layer, "histogram")], self.merged[_key(layer, "histogram")]
 
     def left_out(self, layer: int, pool: str) -> int:
         """How many samples the merged sums of a layer lack, because an activation was not finite."""
@@ -78,7 +117,10 @@ class Accumulator(MergedSums):
 
     def so_far(self, layer: int, pool: str) -> Moments:
         """A copy of the merged sums with this process's own since then, for display."""
-        key = self._key(layer, pool)
-        moments = deepcopy(self.merged[key])
-        moments.absorb(deepcopy(self.fresh[key]))
+        moments = deepcopy(self.moments(layer, pool))
+        moments.absorb(deepcopy(self.fresh[_key(layer, pool)]))
         return moments
+
+
+def _key(layer: int, kind: str) -> str:
+    return f"layer{layer}_{kind}"

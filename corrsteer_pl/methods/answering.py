@@ -12,7 +12,7 @@ from corrsteer_pl.interventions.steering import Schedule
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.decoding.kept import KeptPrompts
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.stats import Probe
 from corrsteer_pl.tasks import Task, rewards_of
 
@@ -93,7 +93,7 @@ class ProbeReading:
     """
 
     probe: Probe
-    sae: SparseAutoencoder
+    sae: Encoder
     pool: str
 
     def probabilities(self, decoder: Decoder, batch: Batch, variants: Intervention) -> list[Tensor]:

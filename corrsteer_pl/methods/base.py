@@ -165,6 +165,17 @@ class Method(PairedEvaluation):
     def write(self, folder: Path) -> None:
         """Write what a fit leaves beside its checkpoint; called on one process."""
 
+    def merge(self) -> None:
+        """Change the weights of the loaded model for good, as the fit would have it.
+
+        Raises:
+            UserError: The method changes no weights, or none were chosen.
+        """
+        raise UserError(
+            f"the method {self.name} changes no weights, so there is nothing to merge into a model. Export a fit of "
+            "rosi, crisp or finetune."
+        )
+
     def tables(self) -> list[Table]:
         """What is shown at the end of a fit or a validation."""
         return []
@@ -206,7 +217,7 @@ class Method(PairedEvaluation):
             self.counted, self._validated, self._record = 0, 0, None
             self.begin()
         elif self._record is not None:
-            self._check_parts(self._record)
+            self.check_parts(self._record)
 
     def _load_llm(self) -> None:
         if not hasattr(self, "llm"):
@@ -355,13 +366,18 @@ class Method(PairedEvaluation):
         self.counted, self._record = record.counted, record
         if self._trainer is not None:
             # With a trainer, setup has been called before this.
-            self._check_parts(record)
+            self.check_parts(record)
             if self.trainer.state.fn == "fit":
                 check_options(record.resumed, self.hparams)
                 check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
                 check_samples(record.samples, self.datamodule.fingerprint)
         self.restore(record.state)
 
-    def _check_parts(self, record: Provenance) -> None:
+    def check_parts(self, record: Provenance) -> None:
+        """Refuse another language model, or other autoencoders, than those of a fit.
+
+        Raises:
+            UserError: They differ.
+        """
         check_llm(record.llm, self.llm.identity)
         self.check_saes(record.saes)

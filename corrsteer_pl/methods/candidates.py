@@ -10,14 +10,14 @@ from torch import Tensor
 
 from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.selection import Feature, describe, rank
-from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, Probe, pearson
+from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, pearson
 from corrsteer_pl.stats.scores import RELATIVE_VARIANCE_FLOOR
 
 
 def rank_features(
-    sums: Accumulator, saes: Mapping[int, SparseAutoencoder], options: Mapping[str, Any]
+    sums: Accumulator, saes: Mapping[int, Encoder], options: Mapping[str, Any]
 ) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
     """Each layer's ``topk`` features of each sign, and the candidates, which are the first ``topm`` of them.
 
@@ -30,7 +30,7 @@ def rank_features(
     candidates: list[Feature] = []
     for layer, sae in saes.items():
         moments = sums.moments(layer, options["pool"])
-        correlations, scores = pearson(moments), SCORES[options["score"]].compute({"moments": moments})
+        correlations, scores = pearson(moments), sums.scores(layer, options["pool"], options["score"])
         coefficients = _coefficients(sums.moments(layer, options["coefficient_pool"] or options["pool"]), options)
         signed = zip(("positive", "negative"), rank(scores, correlations, options["topk"]), strict=True)
         for indices in (indices for sign, indices in signed if options["sign"] in ("both", sign)):
@@ -43,7 +43,7 @@ def rank_features(
 
 
 def random_features(
-    features: Sequence[Feature], sums: Accumulator, saes: Mapping[int, SparseAutoencoder], pool: str, seed: int
+    features: Sequence[Feature], sums: Accumulator, saes: Mapping[int, Encoder], pool: str, seed: int
 ) -> tuple[Feature, ...]:
     """Features of the same layers drawn at random, with the signs and the coefficients of those that they replace."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,14 +86,14 @@ def judge_left_out(sums: Accumulator, pool: str, dtypes: str) -> dict[str, int]:
     return {str(layer): count for layer, count in lacking.items()}
 
 
-def leading_features(sums: Accumulator, saes: Mapping[int, SparseAutoencoder], pool: str) -> list[Feature]:
+def leading_features(sums: Accumulator, saes: Mapping[int, Encoder], pool: str) -> list[Feature]:
     """Each layer's top features by this process's sums so far, the largest |r| first, for display."""
     found = []
     for layer, sae in saes.items():
         r = pearson(moments := sums.so_far(layer, pool))
         positive, negative = rank(r, r, 1)
         found += [describe(moments, r, r, r, layer, str(sae.site), i) for i in positive + negative]
-    return sorted(found, key=lambda feature: -abs(feature.correlation))
+    return sorted(found, key=lambda feature: -abs(feature.correlation or 0.0))
 
 
 def rewards_differ(moments: Moments) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from corrsteer_pl.evaluation.paired import Z_95
 from corrsteer_pl.models.lens import logit_lens
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.models.sae_training.activations import batches, trunk
 from corrsteer_pl.selection import Feature
 
@@ -126,7 +126,7 @@ def fisher_interval(r: float, n: float) -> tuple[float, float]:
 
 def make_cards(
     llm: LanguageModel,
-    saes: Mapping[int, SparseAutoencoder],
+    saes: Mapping[int, Encoder],
     features: Sequence[Feature],
     samples: int,
     strongest: Sequence[Sequence[tuple[float, int]]],
@@ -149,7 +149,7 @@ def make_cards(
         others = [(g.name, u) for g, u in zip(features, vectors, strict=True) if g is not f]
         cosines = {name: cosine_similarity(vector, other, dim=0).item() for name, other in others}
         snippets = [_snippet(llm, value, readings[row], activations[row][f.name]) for value, row in seen]
-        interval, tokens = fisher_interval(f.correlation, samples), logit_lens(llm, vector, TOKENS)
+        interval, tokens = fisher_interval(f.correlation or 0.0, samples), logit_lens(llm, vector, TOKENS)
         cards.append(Card(f.name, *interval, *tokens, cosines, snippets))
     return cards
 
@@ -157,7 +157,7 @@ def make_cards(
 @torch.no_grad()
 def _activations(
     llm: LanguageModel,
-    saes: Mapping[int, SparseAutoencoder],
+    saes: Mapping[int, Encoder],
     features: Sequence[Feature],
     readings: Mapping[int, Observed],
 ) -> dict[int, dict[str, Tensor]]:

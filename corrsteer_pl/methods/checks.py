@@ -24,23 +24,19 @@ def check_values(h: Mapping[str, Any]) -> None:
     Raises:
         UserError: Naming the first.
     """
-    allowed = {"rule": RULES, "sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS, "site": SITES}
+    allowed: dict[str, Any] = {"sign": SIGNS, "pool": POOLS, "coefficient": COEFFICIENTS}
     allowed |= {"check_alignment": CHECKS, "score": SCORES, "control": CONTROLS}
     if h["coefficient_pool"] is not None:
         allowed["coefficient_pool"] = POOLS
-    for name, values in allowed.items():
-        if h[name] not in values:
-            raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")
-    if h["layers"] == []:
-        raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")
-    if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
-        raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
+    _check_names(h, allowed)
+    if h["saes"] is None and not h["raw"]:
+        raise UserError(
+            "model.saes is not given. Name a folder, a release or a repository of SAEs, or set model.raw to true to "
+            "take coordinates of the residual stream."
+        )
+    check_steering(h)
     if h["rule"] == "all" and h["sign"] == "negative":
         raise UserError("model.rule is all, which takes positive candidates, but model.sign is negative.")
-    _check_numbers(h)
-
-
-def _check_numbers(h: Mapping[str, Any]) -> None:
     if h["topk"] < 1:
         raise UserError(f"model.topk is {h['topk']}; it is a number of features, at least 1.")
     if not 1 <= h["topm"] <= h["topk"]:
@@ -52,6 +48,22 @@ def _check_numbers(h: Mapping[str, Any]) -> None:
             f"model.permutations is {h['permutations']}; it is 0 for none, or a number from {FEWEST}, with which a "
             f"p-value can be 0.05, to {MOST}."
         )
+
+
+def check_steering(h: Mapping[str, Any]) -> None:
+    """Refuse values of the options that all methods have which steer.
+
+    Args:
+        h: Options of a :class:`~corrsteer_pl.methods.steering.Steering` by name.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    _check_names(h, {"rule": RULES, "site": SITES})
+    if h["layers"] == []:
+        raise UserError("model.layers is empty. Name layers, or leave it out for all that there are.")
+    if h["rule"] == "layer" and (h["layers"] is None or len(h["layers"]) != 1):
+        raise UserError(f"model.rule is layer, but model.layers is {h['layers']}. Name one layer, such as [4].")
     if not 0 <= h["min_improvement"] < 1:
         raise UserError(
             f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
@@ -67,3 +79,9 @@ def _check_numbers(h: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.significance_level is {level}; it is a p-value above 0 and at most 1, or null for no test."
         )
+
+
+def _check_names(h: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
+    for name, values in allowed.items():
+        if h[name] not in values:
+            raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")

@@ -37,6 +37,10 @@ class PairedEvaluation(LightningModule, ABC):
     def comparison(self) -> Intervention:
         """Two variants: the unchanged model and the changed one."""
 
+    def text_comparison(self) -> Intervention:
+        """The same where texts are only read."""
+        return self.comparison()
+
     @property
     @abstractmethod
     def is_fitted(self) -> bool:

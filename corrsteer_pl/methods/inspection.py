@@ -55,43 +55,53 @@ class Inspection:
 
 
 class SteeringInspection(Inspection):
-    """What ``doctor`` shows of CorrSteer: which positions are read and steered, and how well the SAEs fit."""
+    """What ``doctor`` shows of a method that steers: which positions are read and steered."""
 
     def rehearse(self, batch: Batch) -> list[str]:
         """Answers, while activations are read."""
-        self.watch = Watch(self.method.saes, self.method.pools)
+        self.watch = Watch(self.method.encoders, self.method.pools)
         return self.method.fit_answering.observe(batch, self.watch)
 
     def tables(self, batch: Batch) -> Iterator[Table]:
-        """Positions read and steered in the first sample, and the autoencoders."""
+        """Positions read and steered in the first sample."""
         method = self.method
         if method.datamodule.fit_task.generates:
-            site = next(iter(method.saes.values())).site
+            site = next(iter(method.encoders.values())).site
             yield positions_table(method.llm, method.fit_answering.decoder, batch, self.watch, site, method.schedule)
-        yield parts_table(method.saes, method.alignments())
 
     def held(self, batch: Batch) -> dict[str, int]:
-        """Bytes of SAEs, sums, pooled activations, and of those that wait in a block."""
-        saes = self.method.saes.values()
-        weights = [p for sae in saes for p in sae.sae.parameters() if p.device == sae.sae.device]
-        pooled = len(batch.examples) * len(self.method.pools) * sum(sae.d_sae for sae in saes) * 4
-        return {
-            "SAEs": sum(p.nbytes for p in weights),
-            "running sums": self.method.sums.size + self.method.search.size,
-            "pooled activations": pooled,
-            "samples that wait": self._waiting(len(batch.examples)),
-        }
-
-    def _waiting(self, samples: int) -> int:
-        """Bytes of a full block, if all samples are as active as those of the batch."""
-        pools = [pool.value for some in self.watch.pools.values() for pool in some.values()]
-        return sum(SparseRows.of(pool).nbytes for pool in pools) * BUCKET // samples
+        """Bytes of sums and of what is pooled."""
+        widths = sum(encoder.d_sae for encoder in self.method.encoders.values())
+        pooled = len(batch.examples) * len(self.method.pools) * widths * 4
+        return {"running sums": self.method.sums.size, "pooled activations": pooled}
 
     @property
     def variants(self) -> int:
-        """The unsteered model and the candidates of a validation."""
-        signs = 2 if self.method.hparams["sign"] == "both" else 1
-        return 1 if self.method.hparams["rule"] == "all" else 1 + signs * len(self.method.saes)
+        """The unsteered model and the candidates of a validation, of which every layer has one for each sign."""
+        signs = 2 if self.method.hparams.get("sign") == "both" else 1
+        return 1 if self.method.hparams["rule"] == "all" else 1 + signs * len(self.method.encoders)
+
+
+class SearchInspection(SteeringInspection):
+    """What ``doctor`` shows of CorrSteer: also how well the SAEs fit, and what its search takes."""
+
+    def tables(self, batch: Batch) -> Iterator[Table]:
+        """Positions, and the autoencoders."""
+        yield from super().tables(batch)
+        if measured := self.method.alignments():
+            yield parts_table(self.method.saes, measured)
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """Bytes of SAEs, sums, pooled activations, and of those that wait in a block."""
+        own = [sae.sae for sae in self.method.saes.values() if isinstance(sae, SparseAutoencoder)]
+        weights = [p for sae in own for p in sae.parameters() if p.device == sae.device]
+        held = super().held(batch)
+        held["running sums"] += self.method.search.size
+        return {"SAEs": sum(p.nbytes for p in weights), **held, "samples that wait": self._waiting(len(batch.examples))}
+
+    def _waiting(self, samples: int) -> int:
+        """Bytes of a full block, if all samples are as active as those of the batch."""
+        return sum(SparseRows.of(pool).nbytes for pool in self.watch.values.values()) * BUCKET // samples
 
 
 class Watch(PoolReader):

@@ -13,7 +13,7 @@ from torch import Tensor
 from corrsteer_pl.errors import UserError, choices
 
 KEY = "corrsteer_pl"
-FORMAT = 3
+FORMAT = 4
 LIBRARIES = ("corrsteer_pl", "torch", "lightning", "transformers", "sae-lens")
 
 

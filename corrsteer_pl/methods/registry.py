@@ -6,7 +6,11 @@ from typing import Any
 from corrsteer_pl.errors import UserError, choices
 
 DEFAULT = "corrsteer"
-METHODS: dict[str, str] = {DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer"}
+METHODS: dict[str, str] = {
+    DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer",
+    "mean_difference": "corrsteer_pl.methods.vectors:MeanDifference",
+    "rosi": "corrsteer_pl.methods.rosi:Rosi",
+}
 
 
 def method_path(name: str) -> str:

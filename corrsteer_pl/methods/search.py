@@ -39,7 +39,7 @@ class Evidence:
 
     def on(self, feature: Feature) -> Feature:
         """The feature with what is known of it."""
-        p_value = search_p_value(feature.correlation, self.null_maxima)
+        p_value = search_p_value(feature.correlation or 0.0, self.null_maxima)
         return replace(feature, search_p_value=p_value, stability=self.stability.get(feature.name))
 
 

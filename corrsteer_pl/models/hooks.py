@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from corrsteer_pl.models.pooling import POOLS, Pool
-from corrsteer_pl.models.sae import SparseAutoencoder
+from corrsteer_pl.models.sae import Encoder
 
 # Prompt positions encoded at a time; all at once would need a tensor (batch, prompt, d_sae).
 PROMPT_CHUNK = 16
@@ -24,7 +24,7 @@ class PoolReader:
         pools: ``pools[layer][kind]``, a :class:`Pool` whose value is ``(batch, d_sae)``.
     """
 
-    def __init__(self, saes: Mapping[int, SparseAutoencoder], kinds: Sequence[str]) -> None:
+    def __init__(self, saes: Mapping[int, Encoder], kinds: Sequence[str]) -> None:
         self.saes = saes
         self.pools = {layer: {kind: Pool(kind) for kind in kinds} for layer in saes}
         self._residuals: dict[int, Tensor] = {}
@@ -36,6 +36,11 @@ class PoolReader:
             for layer, sae in self.saes.items():
                 stack.callback(sae.site.hook(model, partial(self._residuals.__setitem__, layer)).remove)
             yield self
+
+    @property
+    def values(self) -> dict[tuple[int, str], Tensor]:
+        """The pooled activations by layer and kind, ``(batch, d_sae)`` each."""
+        return {(layer, kind): pool.value for layer, some in self.pools.items() for kind, pool in some.items()}
 
     @property
     def reads_prompt(self) -> bool:

@@ -30,26 +30,33 @@ class Pool:
         """Pool one token of every sample, or of some.
 
         Shape:
-            - activations: ``(rows, d_sae)``, not negative.
+            - activations: ``(rows, d_sae)``, or ``(rows, d_model)``, which may be negative.
             - counted: ``(rows,)`` bool; False leaves the sample as it is.
             - samples: ``(rows,)``, which samples they are; None for all. At first they are all.
         """
         counted = counted.unsqueeze(-1)
         # float32, because sums of bfloat16 stop growing at 256. torch.where, because inf * 0 would be NaN.
-        activations = torch.where(counted, activations, 0).float()
+        activations = torch.where(counted, activations, self._neutral).float()
         if self._running is None:
             self._running, self._tokens = activations, counted.float()
             return
         where = slice(None) if samples is None or len(samples) == len(self._running) else samples
+        self._tokens[where] += counted
         if self.kind == "mean":
             self._running[where] += activations
-            self._tokens[where] += counted
         else:
             self._running[where] = torch.maximum(self._running[where], activations)
+
+    @property
+    def _neutral(self) -> float:
+        """What a token that is not counted has: it is no maximum, not even of negative values."""
+        return 0.0 if self.kind == "mean" else -torch.inf
 
     @property
     def value(self) -> Tensor:
         """The pooled activations, ``(batch, d_sae)`` float32."""
         if self._running is None:
             raise RuntimeError("the pool has seen no token")
-        return self._running / self._tokens.clamp(min=1) if self.kind == "mean" else self._running
+        if self.kind == "mean":
+            return self._running / self._tokens.clamp(min=1)
+        return torch.where(self._tokens > 0, self._running, 0)

@@ -1,7 +1,8 @@
 """Sparse autoencoders, each with the site that it reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,27 @@ from corrsteer_pl.models.sites import KINDS, Site
 SITES = ("declared", *KINDS)
 # Architectures whose encoder does not use W_dec, unless they scale activations by its norms.
 ENCODE_ALONE = ("standard", "jumprelu", "gated", "topk")
+
+
+class Encoder(Protocol):
+    """What reads the residual at a site as features, each with a direction: an autoencoder, or coordinates."""
+
+    @property
+    def site(self) -> Site:
+        """Where the residual is read."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+
+    def encode(self, residual: Tensor) -> Tensor:
+        """Feature activations of residuals: ``(..., d_model)`` to ``(..., d_sae)``."""
+
+    def direction(self, index: int) -> Tensor:
+        """What one unit of a feature adds to the residual, ``(d_model,)`` float32."""
+
+    def page(self, index: int) -> str | None:
+        """Address of a page about a feature, if there is one."""
 
 
 @dataclass
@@ -108,6 +130,6 @@ def _rescales(sae: Any) -> bool:
     return getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
 
 
-def saes_identity(source: str, saes: dict[int, SparseAutoencoder]) -> dict[str, Any]:
+def saes_identity(source: str, saes: Mapping[int, Any]) -> dict[str, Any]:
     """Name and fingerprints, by which a checkpoint recognises its autoencoders."""
     return {"name": source, "fingerprints": {str(layer): fingerprint(sae.sae) for layer, sae in saes.items()}}

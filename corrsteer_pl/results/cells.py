@@ -15,9 +15,10 @@ from torch import Tensor
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import NothingToLearn
 from corrsteer_pl.evaluation.paired import paired_metrics
-from corrsteer_pl.evaluation.text_loss import text_loss
+from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.methods.answering import EVERYWHERE
 from corrsteer_pl.methods.cards import Card
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.llm import LanguageModel
@@ -235,14 +236,15 @@ class Bench:
             harmless = {rule: paired_metrics(rewards[0], some) for rule, some in zip(steered, rewards[1:], strict=True)}
         yield UNSTEERED, {"harmless": None, "text_loss": self._plain_loss}
         different, places = without_repetitions(list(steered.values()))
-        losses = [text_loss(self.llm, self.texts, vectors) if self.texts else None for vectors in different]
+        changed = SteeringVectors.stack(different, EVERYWHERE)
+        losses = text_losses(self.llm, self.texts, changed) if self.texts else [None] * len(different)
         for rule, place in zip(steered, places, strict=True):
             yield rule, {"harmless": harmless.get(rule), "text_loss": losses[place]}
 
     @cached_property
     def _plain_loss(self) -> float | None:
         """The unchanged model's loss on plain text, the same for all cells."""
-        return text_loss(self.llm, self.texts, {}) if self.texts else None
+        return text_losses(self.llm, self.texts, SteeringVectors.stack([{}]))[0] if self.texts else None
 
 
 def _compare(

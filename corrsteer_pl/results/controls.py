@@ -17,7 +17,7 @@ from corrsteer_pl.selection import Feature
 def shuffled_fit(fitted: CorrSteer) -> CorrSteer:
     """A fit that cannot learn anything, with the options, the model and the autoencoders of another."""
     module = CorrSteer(**{**fitted.hparams, "control": "shuffled_rewards"})
-    module.llm, module.saes = fitted.llm, fitted.saes
+    module.llm, module.encoders = fitted.llm, fitted.encoders
     return module
 
 

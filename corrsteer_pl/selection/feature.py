@@ -1,5 +1,6 @@
 """A feature, and what the running sums say of it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Feature:
         index: Feature index in the layer's SAE.
         sign: ``positive`` or ``negative``: the sign of the correlation.
         coefficient: What its decoder direction is multiplied with, before ``scale``.
-        correlation: Pearson correlation with the reward, in [-1, 1].
+        correlation: Pearson correlation with the reward, in [-1, 1]; None for a vector that is no feature.
         score: What it was ranked by, which is its correlation unless another score was chosen.
         active_right: Share of right samples on which it was active, in [0, 1].
         active_wrong: The same for wrong samples.
@@ -44,7 +45,7 @@ class Feature:
     index: int
     sign: str
     coefficient: float
-    correlation: float
+    correlation: float | None
     score: float
     active_right: float
     active_wrong: float
@@ -69,7 +70,8 @@ class Feature:
         return self.search_p_value is not None and self.search_p_value > SIGNIFICANT
 
     def __str__(self) -> str:
-        return f"{self.site}/{self.index} (r {self.correlation:+.3f}, coefficient {self.coefficient:+.3f})"
+        r = "" if self.correlation is None else f"r {self.correlation:+.3f}, "
+        return f"{self.site}/{self.index} ({r}coefficient {self.coefficient:+.3f})"
 
 
 def rank(scores: Tensor, correlations: Tensor, k: int) -> tuple[list[int], list[int]]:
@@ -99,7 +101,7 @@ def rank(scores: Tensor, correlations: Tensor, k: int) -> tuple[list[int], list[
 def describe(
     moments: Moments, correlations: Tensor, scores: Tensor, coefficients: Tensor, layer: int, site: str, index: int
 ) -> Feature:
-    """Everything the sums say about one feature. A negative feature gets the coefficient ``-|c|``."""
+    """Everything the sums say about one feature. Its coefficient has the sign of its correlation."""
     correlation, coefficient = correlations[index].item(), coefficients[index].item()
     n_wrong = (moments.n - moments.n_right).clamp(min=1)
     return Feature(
@@ -107,7 +109,7 @@ def describe(
         site=site,
         index=index,
         sign="positive" if correlation > 0 else "negative",
-        coefficient=coefficient if correlation > 0 else -abs(coefficient),
+        coefficient=math.copysign(coefficient, correlation),
         correlation=correlation,
         score=scores[index].item(),
         active_right=(moments.active_right[index] / moments.n_right.clamp(min=1)).item(),

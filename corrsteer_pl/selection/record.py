@@ -29,7 +29,7 @@ class Selection:
         baseline_reward: Mean unsteered validation reward in [0, 1].
         samples: Number of samples behind the correlations.
         reward: Mean reward of those samples.
-        null_max_correlation: About the largest |r| per layer that chance alone gives.
+        null_max_correlation: About the largest |r| per layer that chance alone gives; None without a search.
         score: Name of the score that ranked the features.
         joint_reward: Mean validation reward in [0, 1] of all chosen features together; None if that was not tried.
         steps: For the rule ``greedy``, the joint reward after each feature was added.
@@ -51,7 +51,7 @@ class Selection:
     baseline_reward: float | None
     samples: int
     reward: float
-    null_max_correlation: float
+    null_max_correlation: float | None
     score: str = "pearson"
     joint_reward: float | None = None
     steps: tuple[float, ...] = ()

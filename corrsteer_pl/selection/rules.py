@@ -136,7 +136,7 @@ def select(
 def _preference(feature: Feature) -> tuple[float, float, int, int]:
     # Ties: larger |r|, then lower layer, then lower index.
     reward = feature.validation_reward if feature.validation_reward is not None else 0.0
-    return (-reward, -abs(feature.correlation), feature.layer, feature.index)
+    return (-reward, -abs(feature.correlation or 0.0), feature.layer, feature.index)
 
 
 def _best_of_all(candidates: Sequence[Feature], *_: object) -> list[Feature]:

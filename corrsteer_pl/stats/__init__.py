@@ -1,5 +1,7 @@
 """Streaming statistics: sums in constant memory, and the scores computed from them."""
 
+from corrsteer_pl.stats.histogram import Histogram
+from corrsteer_pl.stats.means import ClassMeans
 from corrsteer_pl.stats.moments import Moments
 from corrsteer_pl.stats.pairs import TOLERANCE, changes, sign_test
 from corrsteer_pl.stats.probe import Probe
@@ -12,6 +14,8 @@ __all__ = [
     "PARTS",
     "SCORES",
     "TOLERANCE",
+    "ClassMeans",
+    "Histogram",
     "Moments",
     "Probe",
     "SearchSums",

@@ -14,10 +14,10 @@ class Moments(Sums):
 
     One instance serves one layer. Memory is O(n_features) however many samples are seen, and
     instances fed disjoint samples merge by addition. A sample is *right* where its reward is
-    positive, and a feature is *active* on it where its pooled activation is positive.
+    positive, and a feature is *active* on it where its pooled activation is not 0.
 
     Args:
-        n_features: Width of the encoder output, ``d_sae``.
+        n_features: Width of the encoder output, ``d_sae``, or ``d_model`` for raw residuals.
 
     Attributes:
         n, y, yy, n_right: Scalars: the sum of weights, of rewards, of squared rewards, and the weight of
@@ -77,7 +77,7 @@ class Moments(Sums):
             # A weight of 0 is not enough: 0 * NaN is NaN.
             some = x[:, part].to(device, torch.float64, copy=True).masked_fill_(spoilt.unsqueeze(1), 0)  # (B, chunk)
             sums, squares = weights[:3] @ some, weights[:2] @ some.square()
-            active = weights[2:] @ (some > 0).double()
+            active = weights[2:] @ (some != 0).double()
             vectors = (sums[0], squares[0], sums[1], squares[1], sums[2], *active)
             for name, total in zip(VECTORS, vectors, strict=True):
                 getattr(self, name)[part] += total

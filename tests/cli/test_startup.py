@@ -49,7 +49,10 @@ def test_help_imports_nothing_large(args):
         (["fit", "--traner.devices", "2"], "there is no option traner.devices; the nearest are trainer,"),
         (["fit", "--trainer.device", "2"], "there is no option trainer.device; the nearest are trainer.devices,"),
         (["fit", "--seed", "2"], "there is no option seed; the nearest are"),
-        (["fit", "--method", "corsteer"], "the method 'corsteer' is not known; choose one of corrsteer."),
+        (
+            ["fit", "--method", "corsteer"],
+            "the method 'corsteer' is not known; choose one of corrsteer, mean_difference, ",
+        ),
         (["train_saes", "--lllm", "x"], "there is no option lllm; the nearest are llm,"),
         (["test"], "test needs the checkpoint of a fit. Give it with --ckpt_path"),
     ],

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from corrsteer_pl.cli.program import main
-from corrsteer_pl.evaluation.text_loss import text_loss
+from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models.llm import LanguageModel
 from tests.conftest import run_here
 
@@ -46,7 +46,8 @@ def test_every_configuration_is_tested_as_on_its_own(here, llm, capsys):
     assert found["tasks"]["demo"]["changed"] > 0
     texts = [f"Question: Where does number {i} live?" for i in range(5)]
     vectors = SteeringVectors.load("checkpoints/demo/steering.safetensors").vectors
-    expected = {"texts": 5, "unsteered": text_loss(llm, texts, {}), "steered": text_loss(llm, texts, vectors)}
+    unsteered, steered = text_losses(llm, texts, SteeringVectors.stack([{}, vectors], Schedule("all")))
+    expected = {"texts": 5, "unsteered": unsteered, "steered": steered}
     assert found["text_loss"] == pytest.approx(expected)
 
 

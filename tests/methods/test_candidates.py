@@ -75,5 +75,8 @@ def test_a_fit_by_another_score_says_so(tmp_path):
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
     with pytest.raises(UserError, match="model.score is pearson, but the checkpoint was fitted with mean_difference"):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", score="pearson")
-    with pytest.raises(UserError, match="model.score is 'nix'; choose one of pearson, mean_difference"):
+    with pytest.raises(
+        UserError,
+        match="model.score is 'nix'; choose one of pearson, mutual_information",
+    ):
         CorrSteer("demo", "demo", score="nix")

@@ -498,3 +498,9 @@ def test_saes_in_low_precision_find_the_same_features():
     )
     with pytest.raises(UserError, match="model.sae_dtype is 'int8'; choose one of"):
         load_saes("demo", module.llm, dtype="int8")
+
+
+def test_steering_of_the_prompt_warns_that_prompts_are_read_again():
+    module, data = CorrSteer("demo", "demo", layers=[1], positions="all"), TaskDataModule(train_size=48, val_size=8)
+    with pytest.warns(UserWarning, match="model.positions is all, .* each variant reads every prompt again"):
+        make_trainer().fit(module, datamodule=data)

@@ -36,7 +36,13 @@ def test_the_record_says_where_a_checkpoint_comes_from(whole):
     record = Provenance.read(torch.load(whole, weights_only=True))
     assert (record.format, record.method, record.counted) == (FORMAT, "corrsteer", 96)
     settled = {"pool": "max", "coefficient_pool": None, "coefficient": "mean", "score": "pearson", "site": "declared"}
-    assert record.settled == {**settled, "min_improvement": 0.0, "significance_level": None, "control": "none"}
+    assert record.settled == {
+        **settled,
+        "min_improvement": 0.0,
+        "significance_level": None,
+        "control": "none",
+        "raw": False,
+    }
     assert record.resumed == {"dtype": "float32", "sae_dtype": "float32", "permutations": 32}
     assert set(record.versions) == {"corrsteer_pl", "torch", "lightning", "transformers", "sae-lens"}
     assert set(record.saes["fingerprints"]) == {"0", "1", "2", "3"}

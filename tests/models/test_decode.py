@@ -1,5 +1,4 @@
 import copy
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -287,17 +286,6 @@ def test_a_prefix_that_prompts_share_is_read_once_and_changes_nothing(tiny):
     handle.remove()
     if getattr(tiny.config, "sliding_window", None) is None and tiny.name != "qwen3_5":
         assert seen.count(torch.Size([1, len(prefix)])) == 1
-
-
-def test_what_cannot_share_a_cache_says_so_once(tiny):
-    batch, variants = batch_of(tiny), SteeringVectors.stack([{}, vectors()], Schedule("all"))
-    decoder = Decoder(tiny, 2)
-    with pytest.warns(UserWarning, match="each of 2 variants reads every prompt again"):
-        decoder.compare(batch, variants)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        decoder.compare(batch, variants)
-        Decoder(tiny, 2).compare(batch, SteeringVectors.stack([{}, vectors()], Schedule()))
 
 
 def test_variants_share_a_pass_as_far_as_memory_goes(llm, monkeypatch):

@@ -111,7 +111,7 @@ def test_offloaded_saes_answer_the_same_on_a_gpu():
     for module in (here, there):
         module.llm = LanguageModel.load("demo")
         module.llm.model.cuda()
-        saes = module._load_saes()
+        saes = module.load_encoders()
         x = torch.randn(3, module.llm.config.hidden_size, generator=torch.Generator().manual_seed(0)).cuda()
         found.append(torch.stack([sae.encode(x) for sae in saes.values()]))
         assert all(sae.sae.W_dec.device == CPU for sae in saes.values())

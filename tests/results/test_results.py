@@ -12,9 +12,9 @@ from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.demo.corpus import World
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import paired_metrics
-from corrsteer_pl.evaluation.text_loss import text_loss
+from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.decoding.decode import Decoder, Padded
 from corrsteer_pl.models.sites import Site
@@ -190,12 +190,11 @@ def test_text_loss_is_that_of_transformers_and_steering_changes_it(llm):
         ids = torch.tensor([llm.token_ids(text)])
         total += llm.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert text_loss(llm, texts, {}) == pytest.approx(total / count, rel=1e-5)
-    site = Site(1, "resid_post")
-    assert text_loss(llm, texts, {site: torch.zeros(llm.config.hidden_size)}) == pytest.approx(total / count, rel=1e-5)
-    assert text_loss(llm, texts, {site: 50 * torch.ones(llm.config.hidden_size)}) != pytest.approx(
-        total / count, rel=0.1
-    )
+    site, width = Site(1, "resid_post"), llm.config.hidden_size
+    variants = SteeringVectors.stack([{}, {site: 50 * torch.ones(width)}], Schedule("all"))
+    unsteered, steered = text_losses(llm, texts, variants)
+    assert unsteered == pytest.approx(total / count, rel=1e-5)
+    assert steered != pytest.approx(total / count, rel=0.1)
 
 
 def test_log_odds_are_those_of_the_softmax(llm):

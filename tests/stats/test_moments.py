@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from corrsteer_pl.stats import COEFFICIENTS, SCORES, Moments, null_max_correlation, pearson
+from corrsteer_pl.stats import COEFFICIENTS, SCORES, Histogram, Moments, null_max_correlation, pearson
 
 
 def filled(x, y, weight=None, batch_size=64):
@@ -145,9 +145,11 @@ def test_scores_say_which_statistics_they_need():
     x, y = torch.rand(30, 4), torch.rand(30).round()
     moments = Moments(4)
     moments.update(x, y)
+    histogram = Histogram(4)
+    histogram.update(x, y)
+    held = {"moments": moments, "histogram": histogram}
     for score in SCORES.values():
-        assert set(score.needs) <= {"moments"}
-        assert score.compute({"moments": moments}).shape == (4,)
+        assert score.compute({name: held[name] for name in score.needs}).shape == (4,)
     expected = x[y > 0].double().mean(0) - x[y == 0].double().mean(0)
     torch.testing.assert_close(SCORES["mean_difference"].compute({"moments": moments}), expected)
     torch.testing.assert_close(SCORES["pearson"].compute({"moments": moments}), pearson(moments))

@@ -1,6 +1,5 @@
 """Greedy decoding: every prompt is read once, and all variants decode from its cache."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -106,7 +105,6 @@ class Decoder:
         self.max_new_tokens = max_new_tokens
         self.allowed = None if allowed is None else torch.tensor(sorted(allowed), device=llm.device)
         self.candidate_batch_size = candidate_batch_size
-        self._warned = False
         self._prefix = SharedPrefix(self._read_prefix)
         self.look_every = 1 if llm.device.type == "cpu" else LOOK_EVERY
         self.end = torch.tensor(llm.eos_token_ids, dtype=torch.long, device=llm.device)
@@ -154,13 +152,6 @@ class Decoder:
             UserError: Activations of the model overflow under a variant.
         """
         require_rows(self.llm)
-        if variants.changes_prompt and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the prompt itself is changed, so each of {len(variants)} variants reads every prompt again; what "
-                "changes generated positions alone reads it once.",
-                stacklevel=2,
-            )
         if branches is None:
             branches = self.llm.model.dtype == torch.float32 and can_branch(self.llm)
         return self._compare(prompts, variants, branches and not variants.changes_prompt, kept)

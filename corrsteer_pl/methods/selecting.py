@@ -1,0 +1,66 @@
+"""What methods share that leave a selection: what was tried in validation, and what of it was chosen."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from corrsteer_pl.evaluation.tables import selection_table
+from corrsteer_pl.files import write_json
+from corrsteer_pl.methods.base import Method
+from corrsteer_pl.selection import Selection
+
+
+class Selecting(Method):
+    """A method whose fit ends with a selection.
+
+    Attributes:
+        selection: What the fit chose, after validation; None before.
+        snapshots: What validations chose, and what that reached, as the fit went on.
+    """
+
+    selection: Selection | None
+    snapshots: list[dict]
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a selection, be it empty."""
+        return self.selection is not None
+
+    @property
+    def mark(self) -> str | None:
+        """That of the selection that the fit made, whatever a test makes of it."""
+        return self.selection.mark if self.selection else None
+
+    def take_snapshot(self, baseline: float, best: float) -> None:
+        """Log what the selection reaches in validation, and keep it.
+
+        Args:
+            baseline: Mean reward of the unchanged model.
+            best: That of the best candidate.
+        """
+        selection = self.chosen()
+        joint = baseline if selection.joint_reward is None else selection.joint_reward
+        logged = {"samples": self.counted, "baseline_reward": baseline, "best_candidate_reward": best}
+        logged |= {"joint_reward": joint, "scale": selection.scale}
+        features = [[f.layer, f.index] for f in selection.features]
+        earlier = [snapshot for snapshot in self.snapshots if snapshot["samples"] != self.counted]
+        self.snapshots = [*earlier, {**logged, "features": features}]
+        self.log_validation(logged)
+
+    def chosen(self) -> Selection:
+        """The selection.
+
+        Raises:
+            UserError: Nothing has been fitted.
+        """
+        if self.selection is None:
+            raise self.unfitted()
+        return self.selection
+
+    def write(self, folder: Path) -> None:
+        """``selection.json``."""
+        write_json(folder / "selection.json", {**self.chosen().as_dict(), "snapshots": self.snapshots})
+
+    def tables(self) -> list[Table]:
+        """The tested candidates."""
+        return [selection_table(self.selection)] if self.selection else []
