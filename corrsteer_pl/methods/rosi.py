@@ -1,0 +1,437 @@
+"""ROSI: amplify the direction between harmful and harmless requests in the weights, by a rank-one edit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from corrsteer_pl.data import Batch
+from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
+from corrsteer_pl.files import write_atomically, write_json
+from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, EditedWeights, EditRecord, warn_of_centred
+from corrsteer_pl.interventions.switched import Switched
+from corrsteer_pl.methods.accumulate import MergedSums
+from corrsteer_pl.methods.base import Settings
+from corrsteer_pl.methods.calibration import divergences
+from corrsteer_pl.methods.inspection import Inspection
+from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.selecting import Selecting
+from corrsteer_pl.models.decoding.decode import Decoder
+from corrsteer_pl.models.llm import positions_of
+from corrsteer_pl.models.sites import Site
+from corrsteer_pl.models.writers import writers
+from corrsteer_pl.selection import Feature, Selection, Strength, measured
+from corrsteer_pl.stats import ClassMeans
+from corrsteer_pl.tasks import Example
+
+# What the gold answers of requests are called.
+REFUSE, COMPLY = "refuse", "comply"
+# Later blocks than this share of the depth give no direction: they are about the next token.
+EARLY = 0.8
+# Prompts that are compared to see which tokens come after the instruction.
+COMPARED = 64
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class RosiInspection(Inspection):
+    """What ``doctor`` shows of ROSI."""
+
+    def held(self, batch: Batch) -> dict[str, int]:
+        """Bytes of sums, and of the edited matrices beside those that they replace."""
+        matrices = [writer.matrix for writer in writers(self.method.llm.model)]
+        return {"running sums": self.method.sums.size, "edited matrices": sum(matrix.nbytes for matrix in matrices)}
+
+    @property
+    def variants(self) -> int:
+        """The unchanged model and the grid of directions and strengths."""
+        h = self.method.hparams
+        return 1 + h["topm"] * len(h["strengths"] or STRENGTHS)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An edit that was tried in validation.
+
+    Attributes:
+        feature: Its direction, as a candidate whose index is the position from the end, and whose coefficient is the
+            strength.
+        edit: The edit.
+    """
+
+    feature: Feature
+    edit: Edit
+
+
+class Rosi(Selecting):
+    """Edits all matrices that write to the residual stream along a direction that tells harmful from harmless requests.
+
+    A fit reads each request of a refusal task once, answers none, and sums the residual after every block at the
+    positions between the instruction and the answer. Differences of the class means are the directions. Validation
+    tries those that separate best with every strength, as hooks, and chooses the best reward within a budget on
+    harmless requests; a test compares the model with its edited weights. The weights on disk stay as they are:
+    ``export`` writes edited ones.
+
+    Args:
+        llm: Path or Hub id of a causal language model, or ``demo``.
+        form: ``row_mean``: add ``alpha * mean(W x) * s`` along the direction s, as the paper does, which has the sign
+            of that mean. ``projection``: ``alpha * (s . W x) * s``, which has the sign of what is there already.
+        strengths: Sizes of the change that are tried, in percent of each matrix's Frobenius norm; 0.25, 0.5, 1, 2, 4
+            and 8 unless given.
+        layers: Blocks after which directions are taken, from 0; None for those in the first four fifths.
+        positions: At most how many of the last prompt tokens give directions; fewer if prompts do not share so many.
+        topm: How many directions are tried, those that separate the classes best.
+        max_kl: Largest mean KL divergence, in nats, of the edited from the unchanged model's first new token after
+            harmless requests of the validation; None for any.
+        max_loss: Largest fall of the mean reward on these, which is over-refusal; None for any.
+        extraction_prompt: A system message for both classes while directions are extracted, and only then, for models
+            that were not taught to refuse.
+        scale: Factor on the chosen strength, in a test.
+        dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``.
+        llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
+            ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
+        candidate_batch_size: How many variants of every prompt share a forward pass; ``auto`` for as many as about a
+            gibibyte, or a sixteenth of a GPU's memory, allows.
+        noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
+
+    Attributes:
+        record: The edit that was chosen, with the model that it belongs to; None if nothing improved on the model.
+
+    Source:
+        ROSI, arXiv 2508.20766; candidates of directions as in Arditi et al., arXiv 2406.11717.
+    """
+
+    inspection = RosiInspection
+    settings = Settings(
+        settled=("form", "extraction_prompt"),
+        resumed=("dtype", "layers", "positions"),
+        tested=("scale", "dtype", "llm_args"),
+    )
+
+    def __init__(
+        self,
+        llm: str,
+        form: Literal["row_mean", "projection"] = "row_mean",
+        strengths: list[float] | None = None,
+        layers: list[int] | None = None,
+        positions: int = 5,
+        topm: int = 8,
+        max_kl: float | None = 0.2,
+        max_loss: float | None = 0.02,
+        extraction_prompt: str | None = None,
+        scale: float = 1.0,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        llm_args: dict | None = None,
+        candidate_batch_size: int | str = "auto",
+        noise_floor: bool = False,
+    ) -> None:
+        super().__init__(llm, dtype, llm_args, candidate_batch_size)
+        llm = self.llm_name
+        self.save_hyperparameters()
+        _check_values(self.hparams)
+        self._forget({})
+
+    def _forget(self, sums: Mapping[str, ClassMeans]) -> None:
+        self.sums = MergedSums(sums)
+        self.selection: Selection | None = None
+        self.record: EditRecord | None = None
+        self.snapshots: list[dict[str, Any]] = []
+
+    # ---------------------------------------------------------------- fit: sum the residual of both classes
+
+    def begin(self) -> None:
+        """See where directions are taken, and set all sums to zero."""
+        # Refuses weights that cannot be edited before anything is read.
+        writers(self.llm.model)
+        examples = self.datamodule.examples["train"]
+        require_both(examples, "fit")
+        require_both(self.datamodule.examples["validation"], "validation")
+        if self.hparams["extraction_prompt"] is not None and not self.datamodule.uses_chat(self.llm):
+            raise UserError(
+                "model.extraction_prompt is a system message, but prompts are not put into a chat template. Leave it "
+                "out, or take an instruction model with its template."
+            )
+        prompts = [self._prompt(example) for example in examples[:COMPARED]]
+        places = len(self.layers), min(self.hparams["positions"], max(1, common_ending(prompts)))
+        self._forget({"means": ClassMeans(places, self.llm.config.hidden_size)})
+
+    def verify(self) -> None:
+        """Warn if the edit would do nothing."""
+        warn_of_centred(self.llm.model, self.hparams["form"])
+
+    @property
+    def layers(self) -> list[int]:
+        """Blocks after which directions are taken.
+
+        Raises:
+            UserError: The model has no such block.
+        """
+        depth, named = self.llm.config.num_hidden_layers, self.hparams["layers"]
+        if missing := sorted(set(named or ()) - set(range(depth))):
+            raise UserError(
+                f"layer {missing[0]} is not in {self.llm.name} (layers 0..{depth - 1}). Set model.layers to a subset."
+            )
+        return sorted(set(named)) if named else [layer for layer in range(depth) if layer < EARLY * depth]
+
+    def _prompt(self, example: Example) -> list[int]:
+        data, system = self.datamodule, self.hparams["extraction_prompt"]
+        return data.token_ids(example, data.fit_task, system)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Read the requests, and add the residual at each layer and position to the sums of its class."""
+        prompts = [self._prompt(example) for example in batch.examples]
+        ids, mask = (tensor.to(batch.input_ids.device) for tensor in self.llm.left_pad(prompts))
+        harmful = torch.tensor([example.gold == REFUSE for example in batch.examples])
+        means = self.sums.fresh["means"]
+        means.update(self._residuals(ids, mask, means.places[1]), harmful, batch.weight)
+        # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
+        return torch.zeros((), requires_grad=True)
+
+    @torch.no_grad()
+    def _residuals(self, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+        """The residual after each layer at the last positions, ``(batch, layers, positions, d_model)``."""
+        found: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for layer in self.layers:
+                hook = Site(layer, "resid_post").hook(self.llm.model, partial(found.__setitem__, layer))
+                stack.callback(hook.remove)
+            self.llm.forward(ids, mask, positions_of(mask))
+        return torch.stack([found[layer][:, -last:].float().to(ids.device) for layer in self.layers], dim=1)
+
+    # ---------------------------------------------------------------- validate: a grid of directions and strengths
+
+    def tried(self) -> EditedOutputs:
+        """The unchanged model, and the directions that separate best with each strength."""
+        if not self.counted or not self.sums.merged:
+            raise self.unfitted()
+        self.sums.merge()
+        self._tried = self._grid() if (self.means.n > 0).all() else []
+        return EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
+
+    @property
+    def means(self) -> ClassMeans:
+        """The merged sums."""
+        return self.sums.merged["means"]
+
+    def _grid(self) -> list[Tried]:
+        separation, differences = self.means.separation, self.means.difference
+        positions = separation.shape[1]
+        order = separation.flatten().argsort(descending=True, stable=True)[: self.hparams["topm"]].tolist()
+        grid = []
+        for place in order:
+            at = divmod(place, positions)
+            direction = torch.nn.functional.normalize(differences[at], dim=0)
+            harmless, harmful = (self.means.means[:, at[0], at[1]] @ direction).tolist()
+            direction = direction.float().cpu()
+            for strength in sorted(self.hparams["strengths"] or STRENGTHS):
+                feature = Feature(
+                    layer=self.layers[at[0]], site=str(Site(self.layers[at[0]], "resid_post")),
+                    index=positions - at[1], sign="positive", coefficient=float(strength), correlation=None,
+                    score=separation[at].item(), active_right=1.0, active_wrong=1.0, mean_right=harmful,
+                    mean_wrong=harmless,
+                )  # fmt: skip
+                grid.append(Tried(feature, Edit(direction, float(strength), self.hparams["form"])))
+        return grid
+
+    def conclude(self, rewards: Tensor) -> None:
+        """Choose the edit with the best reward within the budget; of equal ones the weakest."""
+        if not self._tried:
+            if self.has_seen_all:
+                raise NothingToLearn("the fit has seen requests of one kind only. Fit on more, or do not end it early.")
+            return
+        features = measured([tried.feature for tried in self._tried], rewards)
+        costs = self._costs(rewards)
+        baseline = rewards[0].mean().item()
+        allowed = [i for i in range(len(features)) if self._allows(costs[i + 1])]
+        best = min(allowed, key=lambda i: _preference(features[i]), default=None)
+        if best is not None and (features[best].validation_reward or 0.0) <= baseline:
+            best = None
+        self.record = None if best is None else EditRecord.of(self._tried[best].edit, self.llm)
+        chosen = None if best is None else features[best]
+        self.selection = self._described(features, costs, chosen, baseline).marked()
+        self.take_snapshot(baseline, baseline if chosen is None else chosen.validation_reward or 0.0)
+        del self._tried
+
+    def _costs(self, rewards: Tensor) -> list[Strength]:
+        """Of each variant what it reaches, and what it costs on harmless requests."""
+        kept = torch.tensor([e.gold == COMPLY for e in self.datamodule.examples["validation"]])
+        harmless = rewards[:, kept].mean(1)
+        variants = EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
+        decoder = Decoder(self.llm, self.task.max_new_tokens, None, self.candidate_batch_size)
+        kl = divergences(decoder, self._harmless_batches(), variants)
+        sizes = [0.0, *(tried.edit.strength for tried in self._tried)]
+        found = zip(sizes, rewards.mean(1).tolist(), kl, (harmless[0] - harmless).tolist(), strict=True)
+        return [Strength(scale, reward, kl=divergence, loss=loss) for scale, reward, divergence, loss in found]
+
+    def _harmless_batches(self) -> Iterator[Batch]:
+        for batch in self.datamodule.val_dataloader():
+            kept = torch.tensor([float(example.gold == COMPLY) for example in batch.examples])
+            yield replace(batch, weight=batch.weight * kept).to(self.device)
+
+    def _allows(self, cost: Strength) -> bool:
+        limits = (self.hparams["max_kl"], cost.kl), (self.hparams["max_loss"], cost.loss)
+        return all(limit is None or (found is not None and found <= limit) for limit, found in limits)
+
+    def _described(
+        self, features: Sequence[Feature], costs: Sequence[Strength], best: Feature | None, baseline: float
+    ) -> Selection:
+        """What was chosen; the strongest edit of each direction within the budget is a candidate, all are ranked."""
+        allowed = [f for f, cost in zip(features, costs[1:], strict=True) if self._allows(cost)]
+        shown = best or min(features, key=_preference)
+        curve = [cost for f, cost in zip(features, costs[1:], strict=True) if f.name == shown.name]
+        return Selection(
+            rule="global",
+            features=() if best is None else (best,),
+            joint_reward=baseline if best is None else best.validation_reward,
+            scale=0.0 if best is None else best.coefficient,
+            strengths=(costs[0], *curve),
+            candidates=tuple(_best_of_each(features, allowed)),
+            ranking=tuple(features),
+            baseline_reward=baseline,
+            samples=self.counted,
+            reward=0.0,
+            null_max_correlation=None,
+            score="separation",
+            llm=self.llm.identity,
+            saes={},
+        )
+
+    # ---------------------------------------------------------------- test: edited weights
+
+    def edit(self) -> Edit | None:
+        """The chosen edit, at ``scale`` times its strength; None if none was chosen."""
+        self.chosen()
+        if self.record is None:
+            return None
+        edit = self.record.edit
+        return replace(edit, strength=edit.strength * self.hparams["scale"])
+
+    def comparison(self) -> Switched:
+        """The model, and the same with edited weights."""
+        edit = self.edit()
+        if edit is None:
+            return Switched([None, None])
+        weights = EditedWeights(self.llm.model, edit)
+        return Switched([None, (f"an edit of {edit.strength:g} % of the weights", weights.applied)])
+
+    def merge(self) -> None:
+        """Edit the weights of the loaded model for good."""
+        edit = self.edit()
+        if edit is None or self.record is None:
+            raise UserError("no edit was chosen: nothing improved on the model. There is nothing to merge.")
+        record = self.record if self.hparams["scale"] == 1 else EditRecord.of(edit, self.llm)
+        record.apply(self.llm)
+
+    # ---------------------------------------------------------------- checkpoints and files
+
+    def state(self) -> dict[str, Any]:
+        """The selection, the edit, and what rebuilds the sums."""
+        self.sums.merge()
+        return {
+            "sums": {name: {"places": sums.places, "width": sums.width} for name, sums in self.sums.merged.items()},
+            "selection": self.selection.as_dict() if self.selection else None,
+            "record": self.record.as_dict() if self.record else None,
+            "snapshots": self.snapshots,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over sums, selection and edit."""
+        try:
+            sums = {name: ClassMeans(tuple(shape["places"]), shape["width"]) for name, shape in state["sums"].items()}
+            self._forget(sums)
+            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
+            self.record = None if state["record"] is None else EditRecord.from_dict(state["record"])
+            self.snapshots = list(state["snapshots"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
+
+    def write(self, folder: Path) -> None:
+        """``selection.json``, and the edit as ``edit.json`` with ``edit.safetensors``, which has the direction."""
+        super().write(folder)
+        write_edit(folder, self.record)
+
+
+def write_edit(folder: Path, record: EditRecord | None) -> None:
+    """Write an edit record, or remove that of an earlier fit if none was chosen."""
+    from safetensors.torch import save
+
+    if record is None:
+        for name in ("edit.json", "edit.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        return
+    plain = record.as_dict()
+    direction = plain["edit"] = dict(plain["edit"])
+    write_atomically(
+        folder / "edit.safetensors", lambda file: file.write_bytes(save({"direction": direction.pop("direction")}))
+    )
+    write_json(folder / "edit.json", plain)
+
+
+def require_both(examples: Sequence[Example], split: str) -> None:
+    """Refuse requests of one kind.
+
+    Raises:
+        UserError: There are no harmful ones, no harmless ones, or samples that are no requests.
+    """
+    kinds = {example.gold for example in examples}
+    if other := sorted(kinds - {REFUSE, COMPLY}):
+        raise UserError(
+            f"rosi needs harmful and harmless requests, but a gold answer of the {split} split is {other[0]!r}. Set "
+            f"data.task to one whose answers are {choices([REFUSE, COMPLY])}, such as refusal or xstest."
+        )
+    for kind, name in ((REFUSE, "harmful"), (COMPLY, "harmless")):
+        if kind not in kinds:
+            raise UserError(
+                f"rosi needs harmful and harmless requests, but the {split} split has no {name} one. Add some, or "
+                "take more samples."
+            )
+
+
+def common_ending(prompts: Sequence[Sequence[int]]) -> int:
+    """How many of their last tokens all prompts share: those after the instruction.
+
+    Example:
+        >>> common_ending([[1, 7, 8, 9], [1, 5, 8, 9]])
+        2
+    """
+    length = 0
+    for tokens in zip(*(reversed(prompt) for prompt in prompts), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _best_of_each(features: Sequence[Feature], allowed: Sequence[Feature]) -> list[Feature]:
+    """For each direction its best edit within the budget, or its weakest if there is none; the best direction first."""
+    found = {}
+    for name in dict.fromkeys(f.name for f in features):
+        mine = [f for f in features if f.name == name]
+        within = [f for f in mine if f in allowed]
+        found[name] = min(within, key=_preference) if within else min(mine, key=lambda f: f.coefficient)
+    return sorted(found.values(), key=_preference)
+
+
+def _preference(feature: Feature) -> tuple[float, float, float]:
+    return (-(feature.validation_reward or 0.0), feature.coefficient, -feature.score)
+
+
+def _check_values(h: Mapping[str, Any]) -> None:
+    if h["form"] not in FORMS:
+        raise UserError(f"model.form is {h['form']!r}; choose one of {choices(FORMS)}.")
+    for strength in h["strengths"] or STRENGTHS:
+        if not 0 < strength <= 100:
+            raise UserError(f"model.strengths has {strength}; strengths are percentages above 0 and at most 100.")
+    if h["strengths"] == [] or h["layers"] == []:
+        name = "strengths" if h["strengths"] == [] else "layers"
+        raise UserError(f"model.{name} is empty. Name some, or leave it out.")
+    for name in ("positions", "topm"):
+        if h[name] < 1:
+            raise UserError(f"model.{name} is {h[name]}; it is a number, at least 1.")
+    for name in ("max_kl", "max_loss"):
+        if h[name] is not None and h[name] < 0:
+            raise UserError(f"model.{name} is {h[name]}; it is a number from 0 on, or null for no limit.")
