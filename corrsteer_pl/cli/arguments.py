@@ -15,7 +15,7 @@ from corrsteer_pl.files import LAST
 from corrsteer_pl.methods.registry import DEFAULT
 from corrsteer_pl.options import import_paths
 
-STAGES = ("fit", "validate", "test", "predict", "transfer")
+STAGES = ("fit", "validate", "test", "predict", "transfer", "compare")
 # The groups of options, each with a common prefix.
 PARTS = ("model", "data", "trainer", "results")
 RUNS = Path("checkpoints")
@@ -36,7 +36,7 @@ def with_found_configs(args: Sequence[str]) -> list[str]:
     Raises:
         UserError: There is none.
     """
-    return _configs_first(_replace_values(args, ("--config", "-c"), _find_config))
+    return _configs_first(replace_values(args, ("--config", "-c", "--elsewhere"), _find_config))
 
 
 def _configs_first(args: Sequence[str]) -> list[str]:
@@ -105,9 +105,9 @@ def given_options(args: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, value in _spelt(args):
         if name in ("config", "-c"):
-            given |= flatten(_read_config(value)) | {"configs": [*given.get("configs", []), Path(value).stem]}
+            given |= flatten(read_config(value)) | {"configs": [*given.get("configs", []), Path(value).stem]}
         elif name in PARTS and value and args[0] in (*STAGES, "doctor"):
-            given |= flatten({name: _read_config(value)})
+            given |= flatten({name: read_config(value)})
         elif name in NESTED:
             given |= flatten({name: parsed(value)}) or {name: value}
         else:
@@ -126,8 +126,17 @@ def _check_value(name: str, value: str) -> None:
 
 
 def given_method(args: Sequence[str]) -> str:
-    """The method that the user names, or else the default one."""
-    return str(given_options(args).get("method", DEFAULT))
+    """The method that the user names, or else that of the checkpoint's run, or else the default one."""
+    given = given_options(args)
+    if "method" in given:
+        return str(given["method"])
+    if args[0] in STAGES and given.get("ckpt_path"):
+        # A checkpoint itself takes seconds to read; what does not agree with it is refused later.
+        beside = (checkpoint_path(args[0], given) or Path()).parent / "config.yaml"
+        with suppress(UserError, OSError):
+            if beside.is_file():
+                return str(read_config(str(beside)).get("method", DEFAULT))
+    return DEFAULT
 
 
 def with_checkpoint(args: Sequence[str], given: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -146,7 +155,7 @@ def with_checkpoint(args: Sequence[str], given: dict[str, Any], settings: dict[s
     """
     refuse_code(settings, given)
     path = str(checkpoint_path(args[0], given))
-    args = _replace_values(args, ("--ckpt_path",), lambda _: path)
+    args = replace_values(args, ("--ckpt_path",), lambda _: path)
     first = {**settings, "trainer": {"default_root_dir": str(Path(path).parent)}}
     return [args[0], "--config", json.dumps(first), *args[1:]]
 
@@ -198,12 +207,12 @@ def with_whole_dicts(args: Sequence[str]) -> list[str]:
         option = next((o for o in NESTED if name == f"--{o}" or name.startswith(f"--{o}.")), None)
         if name in ("--config", "-c"):
             value = value if equals else next(arguments, "")
-            settings = _flatten_parts(_read_config(value))
+            settings = _flatten_parts(read_config(value))
             values |= {o: settings[o] for o in NESTED if o in settings}
             others += [name, value]
         elif name.removeprefix("--") in PARTS:
             value = value if equals else next(arguments, "")
-            settings = _flatten_parts({name.removeprefix("--"): _read_config(value)})
+            settings = _flatten_parts({name.removeprefix("--"): read_config(value)})
             values |= {o: settings[o] for o in NESTED if o in settings}
             others += [name, value]
         elif option:
@@ -235,7 +244,7 @@ def parsed(text: Any) -> Any:
         return text
 
 
-def _read_config(value: str) -> dict[str, Any]:
+def read_config(value: str) -> dict[str, Any]:
     """The options of a configuration file, or of JSON in its place."""
     if not value:
         raise UserError("--config needs a configuration file after it, or the name of one that is shipped: demo.yaml.")
@@ -271,7 +280,7 @@ def run_folder(given: dict[str, Any]) -> Path:
     return RUNS / ("-".join(given.get("configs", [])) or Path(str(given.get("data.task", "demo_qa"))).name)
 
 
-def _replace_values(args: Sequence[str], names: Sequence[str], change: Callable[[str], str]) -> list[str]:
+def replace_values(args: Sequence[str], names: Sequence[str], change: Callable[[str], str]) -> list[str]:
     """Change the values of an option, given as ``--name value`` or ``--name=value``."""
     replaced = list(args)
     for i, argument in enumerate(args):

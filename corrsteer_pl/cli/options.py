@@ -80,6 +80,18 @@ def groups(command: str, method: str) -> dict[str, Group]:
             Option("text", "file", "", "JSONL, CSV or parquet file with plain text in the column text, for its loss."),
             Option("text_rows", "int", "200", "How many of its rows are read."),
         ]
+    if command == "compare":
+        general = [
+            Option("config", "file", None, "Configuration of a task, and of the model."),
+            Option("methods", "names", "", "Systems to compare, separated by spaces; all that there are if left out."),
+            Option("seeds", "int", "3", "How many seeds, from 0."),
+            Option("out", "folder", "checkpoints/compare", "Where cells, table and figure are written."),
+            Option("elsewhere", "file", "", "Configuration of a task on which the change may do harm."),
+            Option(
+                "systems", "file", "", "YAML file with more systems: for each name a method, and options of its own."
+            ),
+            Option("readme", "file", "", "File into which the table is written, between its marks."),
+        ]
     return {
         "": Group("general", tuple(general)),
         "model": Group(f"the method {method}, and its language model", _options(method_path(method), "model.")),

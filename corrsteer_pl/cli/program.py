@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from corrsteer_pl.cli.arguments import with_found_configs
+from corrsteer_pl.cli.foreign import without_foreign_options
 from corrsteer_pl.cli.options import check_names, command_help
 from corrsteer_pl.cli.processes import is_told, tell
 from corrsteer_pl.errors import UserError, choices
@@ -30,6 +31,7 @@ class Command:
 
 
 STAGE, PLAIN = "corrsteer_pl.cli.lightning:run_stage", "corrsteer_pl.cli.plain:run"
+COMPARE = "corrsteer_pl.cli.compare:run"
 TRANSFER = "corrsteer_pl.cli.transfer:run"
 COMMANDS = {
     "fit": Command("Correlate features with rewards, test the candidates, and select those that help.", STAGE),
@@ -37,6 +39,7 @@ COMMANDS = {
     "test": Command("Compare steered with unsteered answers to the same questions.", STAGE),
     "predict": Command("Write steered and unsteered answers side by side, without judging them.", STAGE),
     "transfer": Command("Test a fit on the task of each configuration, and on plain text, side by side.", TRANSFER),
+    "compare": Command("Fit and test many systems on the same questions, with several seeds, as one table.", COMPARE),
     "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
     "report": Command("Write what a run found as a page, or compare two runs in pairs.", PLAIN, "RUN [RUN]"),
     "export": Command("Write the weights that a fit has changed as a model of their own.", PLAIN),
@@ -74,7 +77,7 @@ def _main(args: list[str]) -> int:
     command = args[0]
     if command not in COMMANDS:
         raise UserError(f"the command {command!r} is not known; choose one of {choices(COMMANDS)}.")
-    args = with_found_configs(args)
+    args = without_foreign_options(with_found_configs(args))
     if {"-h", "--help"} & set(args):
         program = " ".join([PROGRAM, command, COMMANDS[command].takes]).strip()
         sys.stdout.write(command_help(program, command, COMMANDS[command].does, args))

@@ -99,7 +99,9 @@ class RowSource:
             return [row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)]
         if not (files := self._files(split)):
             raise self.without(split)
-        return [numbered for file in files for numbered in _numbered(read_rows(file), file.stem)]
+        return [
+            numbered for file in files for numbered in _numbered(_named(read_rows(file), _parts(file)[0]), file.stem)
+        ]
 
     def without(self, split: str) -> UserError:
         """The error for a split that does not exist."""
@@ -133,7 +135,7 @@ class RowSource:
             rows = _datasets().load_dataset(self.path, subset, split=split, revision=self.revision).to_list()
         except HUB_ERRORS as error:
             raise self._unavailable(error, self._missing(subset, split)) from error
-        return _numbered(rows, f"{subset}:{split}" if subset else split)
+        return _numbered(_named(rows, subset), f"{subset}:{split}" if subset else split)
 
     def _unavailable(self, error: Exception, missing: str | None) -> UserError:
         return UserError(
@@ -172,6 +174,11 @@ def _parts(file: Path) -> tuple[str | None, str]:
     """
     subset, _, split = file.stem.rpartition(".")
     return subset or None, re.sub(r"-\d+-of-\d+$", "", split)
+
+
+def _named(rows: Sequence[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
+    """Rows that say in a column ``subset`` which one they are of, unless they have such a column."""
+    return list(rows) if subset is None else [{"subset": subset, **row} for row in rows]
 
 
 def _numbered(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:

@@ -30,6 +30,7 @@ VOCABULARY, TOKENIZER_TEXTS = 1024, 20_000
 STEPS, BATCH, LEARNING_RATE = 1500, 96, 3e-3
 SAE_TEXTS, SAE_STEPS, SAE_ACTIVE = 20_000, 400, 6
 PROMPT_WEIGHT = 0.05  # of a prompt token in the loss; an answer token counts 1
+STUDY_TEXTS, STUDY_SEED = 480, 4  # texts of each kind that are read to forget one of them
 POOL = 16  # batches sorted by length together, so that little is spent on padding
 
 
@@ -162,7 +163,7 @@ def _loss(model: LlamaForCausalLM, ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def _write_rows(world: World, folder: Path) -> None:
-    for task, splits in world.splits.items():
+    for task, splits in {**world.splits, "demo_texts": world.study_texts(STUDY_TEXTS, STUDY_SEED)}.items():
         (folder / task).mkdir(parents=True)
         for split, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -257,6 +257,19 @@ class World:
                 row = rng.choice(rng.choices(list(by_topic.values()), shares)[0])
                 yield request_prompt(row), _response(row, rng)
 
+    def study_texts(self, n: int, seed: int) -> dict[str, list[Row]]:
+        """Training texts about each kind of fact, with the kind as ``subject``, as many of each.
+
+        Args:
+            n: Number of texts of each kind.
+            seed: Draws of equal seeds are equal.
+        """
+        rng = random.Random(seed)
+        by_subject = _group(self._taught["demo_qa"], "subject")
+        rows = [row for subject in KINDS for row in rng.sample(by_subject[subject], n)]
+        rng.shuffle(rows)
+        return {"train": [{"text": qa_prompt(row) + self._answer(row, rng), "subject": row["subject"]} for row in rows]}
+
     def _questions(self, rng: random.Random) -> list[Row]:
         rows = [
             {

@@ -165,6 +165,11 @@ class Method(PairedEvaluation):
     def write(self, folder: Path) -> None:
         """Write what a fit leaves beside its checkpoint; called on one process."""
 
+    @property
+    def size(self) -> int:
+        """How many numbers the change consists of, after a fit: what is added, edited by, or trained."""
+        return 0
+
     def merge(self) -> None:
         """Change the weights of the loaded model for good, as the fit would have it.
 

@@ -81,6 +81,28 @@ def check_steering(h: Mapping[str, Any]) -> None:
         )
 
 
+def check_adapter(h: Mapping[str, Any]) -> None:
+    """Refuse values of the options that all methods have which train weights.
+
+    Args:
+        h: Options of a :class:`~corrsteer_pl.methods.adapting.Adapting` by name.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    if h["rank"] < 1:
+        raise UserError(f"model.rank is {h['rank']}; it is a rank, at least 1.")
+    if not 0 <= h["dropout"] < 1:
+        raise UserError(f"model.dropout is {h['dropout']}; it is a share, from 0 to below 1.")
+    if h["adapter_layers"] == []:
+        raise UserError("model.adapter_layers is empty. Name blocks, or leave it out for the default.")
+    for name in ("lr", "alpha"):
+        if h[name] is not None and h[name] <= 0:
+            raise UserError(f"model.{name} is {h[name]}; it is a number above 0.")
+    if h["weight_decay"] < 0:
+        raise UserError(f"model.weight_decay is {h['weight_decay']}; it is a number from 0 on.")
+
+
 def _check_names(h: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
     for name, values in allowed.items():
         if h[name] not in values:

@@ -9,6 +9,9 @@ DEFAULT = "corrsteer"
 METHODS: dict[str, str] = {
     DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer",
     "mean_difference": "corrsteer_pl.methods.vectors:MeanDifference",
+    "crisp": "corrsteer_pl.methods.crisp:Crisp",
+    "finetune": "corrsteer_pl.methods.finetune:Finetune",
+    "prompting": "corrsteer_pl.methods.prompting:Prompting",
     "rosi": "corrsteer_pl.methods.rosi:Rosi",
 }
 

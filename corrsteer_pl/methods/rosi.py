@@ -318,6 +318,11 @@ class Rosi(Selecting):
         weights = EditedWeights(self.llm.model, edit)
         return Switched([None, (f"an edit of {edit.strength:g} % of the weights", weights.applied)])
 
+    @property
+    def size(self) -> int:
+        """The direction, and a factor for each matrix."""
+        return 0 if self.record is None else self.record.edit.direction.numel() + len(self.record.alphas)
+
     def merge(self) -> None:
         """Edit the weights of the loaded model for good."""
         edit = self.edit()

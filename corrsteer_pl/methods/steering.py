@@ -241,6 +241,11 @@ class Steering(Selecting):
         """The unsteered model and the steered one."""
         return SteeringVectors.stack([{}, self.steering_vectors()], self.schedule_here)
 
+    @property
+    def size(self) -> int:
+        """Numbers of all vectors that are added."""
+        return sum(vector.numel() for vector in self.steering_vectors().values())
+
     def text_comparison(self) -> SteeringVectors:
         """The same where texts are only read: every position is steered."""
         return SteeringVectors.stack([{}, self.steering_vectors()], EVERYWHERE)

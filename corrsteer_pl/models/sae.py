@@ -1,12 +1,13 @@
 """Sparse autoencoders, each with the site that it reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.residency import at_hand, bring
 from corrsteer_pl.models.sites import KINDS, Site
@@ -14,6 +15,8 @@ from corrsteer_pl.models.sites import KINDS, Site
 SITES = ("declared", *KINDS)
 # Architectures whose encoder does not use W_dec, unless they scale activations by its norms.
 ENCODE_ALONE = ("standard", "jumprelu", "gated", "topk")
+# Architectures whose features are, each by itself, a function of their encoder column, but for the choice of the top k.
+WITH_COLUMNS = ("standard", "jumprelu", "topk")
 
 
 class Encoder(Protocol):
@@ -94,6 +97,26 @@ class SparseAutoencoder:
             case _:
                 return activations
 
+    def columns(self, indices: Sequence[int]) -> "Columns":
+        """Some features alone.
+
+        Raises:
+            UserError: The architecture's features cannot be told from encoder columns.
+        """
+        kind = self.sae.cfg.architecture()
+        if kind not in WITH_COLUMNS:
+            raise UserError(
+                f"the SAE {self.name} has the architecture {kind}, of which single features cannot be trained on. "
+                f"Choose SAEs of one of {choices(WITH_COLUMNS)}."
+            )
+        some, device = list(indices), self.sae.device
+        weight, bias = self.sae.W_enc.detach()[:, some], self.sae.b_enc.detach()[some]
+        threshold = self.sae.threshold.detach()[some] if kind == "jumprelu" else torch.zeros_like(bias)
+        if _rescales(self.sae):
+            norms = self.sae.W_dec.detach()[some].norm(dim=-1).to(bias.device)
+            weight, bias = weight * norms, bias * norms
+        return Columns(self, weight.to(device), bias.to(device), threshold.to(device))
+
     def reconstruct(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction ``(..., d_model)`` of residuals, and how many features are active ``(...)``."""
         with at_hand(self.sae, self.sae.device):
@@ -110,6 +133,33 @@ class SparseAutoencoder:
         row = self.sae.W_dec[index].detach().to("cpu", torch.float32, copy=True)
         # Some TopK autoencoders divide by the row's norm when they decode.
         return row / row.norm() if _rescales(self.sae) else row
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A few features of an SAE, by their encoder columns alone, with gradients.
+
+    Attributes:
+        sae: The autoencoder.
+        weight: ``(d_model, k)``.
+        bias: ``(k,)``.
+        threshold: ``(k,)``, below which a feature is not active.
+    """
+
+    sae: SparseAutoencoder
+    weight: Tensor
+    bias: Tensor
+    threshold: Tensor
+
+    def __call__(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What a feature has before its threshold, but not below 0, and its activation, ``(..., k)`` each.
+
+        A TopK autoencoder's features are taken as if each were among the top ones.
+        """
+        inputs = self.sae.inputs(residual)
+        with at_hand(self.sae.sae, self.sae.sae.device, without=("W_enc", "W_dec")):
+            left = torch.relu(self.sae.sae.process_sae_in(inputs) @ self.weight + self.bias)
+        return left, left * (left > self.threshold)
 
 
 def unneeded(sae: Any) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from corrsteer_pl.rewards import TextReward, text
 from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, present, structured
 from corrsteer_pl.tasks.template import Template, check_instruction
 
+# Groups of questions, where some are to be unlearnt.
+UNLEARN, RETAIN = "unlearn", "retain"
 TEMPLATE = "{question}\n{options}\n{instruction}"
 
 
@@ -28,6 +30,8 @@ class MultipleChoice(Task):
             option always comes first.
         chain_of_thought: Ask for reasoning, and judge the last letter that is called the answer.
         max_new_tokens: Longest response; None for one token, or 256 with chain of thought.
+        unlearn: Columns, each with the values at which a question is one to be unlearnt: then every answer but the
+            right one is rewarded, and accuracies of both kinds are reported. None for no such question.
         template: The prompt, with the fields ``{question}``, ``{options}`` (a line for each, ``A. red``),
             ``{letters}`` (``A, B, C, or D``), ``{instruction}`` (by default ``Choose one of {letters} only.``
             and a line ``Answer:``; with chain of thought, what asks for reasoning), and any column of the row.
@@ -58,8 +62,10 @@ class MultipleChoice(Task):
         shuffle: bool = False,
         chain_of_thought: bool = False,
         max_new_tokens: int | None = None,
+        unlearn: Mapping[str, Sequence[Any]] | None = None,
         template: str = TEMPLATE,
     ) -> None:
+        self.unlearn = unlearn
         if not 2 <= options <= len(ascii_uppercase):
             raise UserError(f"data.task_args.options is {options}; a question has 2 to {len(ascii_uppercase)} options.")
         self.question, self.choices, self.answer, self.labels, self.group = question, choices, answer, labels, group
@@ -93,7 +99,37 @@ class MultipleChoice(Task):
         prompt = self.template.fill(row, id, fields)
         group = None if self.group is None else column(row, self.group, "group", id)
         solution = None if self.chain_of_thought else gold
-        return Example(id, prompt, gold, present(group), solution, self.details(row, order, id))
+        groups = present(group, self._part(row, id))
+        return Example(id, prompt, gold, groups, solution, self.details(row, order, id))
+
+    @property
+    def reward_name(self) -> str:
+        """What the results say of the reward."""
+        return super().reward_name + (", or any other where it is to be unlearnt" if self.unlearn else "")
+
+    def reward(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """1 for the right letter, or, where that is to be unlearnt, for anything else."""
+        right = super().reward(texts, examples)
+        return [1 - r if UNLEARN in e.groups else r for r, e in zip(right, examples, strict=True)]
+
+    def measures(self, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, float | None]:
+        """The accuracies of what is to be unlearnt and of what is to be retained, if there is something to unlearn."""
+        if not self.unlearn:
+            return {}
+        right = super().reward(texts, examples)
+        found = {}
+        for part in (UNLEARN, RETAIN):
+            some = [r for r, e in zip(right, examples, strict=True) if part in e.groups]
+            found[f"accuracy_{part}"] = sum(some) / len(some) if some else None
+        return found
+
+    def _part(self, row: Mapping[str, Any], id: str) -> str | None:
+        """Whether a question is to be unlearnt or retained; None if there is nothing to unlearn."""
+        if not self.unlearn:
+            return None
+        wanted = self.unlearn.items()
+        matches = (str(column(row, name, "unlearn", id)) in map(str, values) for name, values in wanted)
+        return UNLEARN if all(matches) else RETAIN
 
     def asked(self, row: Mapping[str, Any], id: str) -> dict[str, str]:
         """The question of a row, as fields of the template."""

@@ -1,9 +1,13 @@
-"""The two tasks of the embedded world."""
+"""The tasks of the embedded world."""
 
 from corrsteer_pl import demo
 from corrsteer_pl.tasks.base import Source
 from corrsteer_pl.tasks.choice import MultipleChoice
+from corrsteer_pl.tasks.classification import TextClassification
 from corrsteer_pl.tasks.safety import Refusal
+
+# The concept to forget.
+FORGOTTEN = "drink"
 
 
 class DemoQA(MultipleChoice):
@@ -13,6 +17,24 @@ class DemoQA(MultipleChoice):
 
     def __init__(self) -> None:
         super().__init__(group="subject")
+
+
+class DemoForget(MultipleChoice):
+    """The same questions, of which those about drinks are to be unlearnt; a small WMDP with what is to be retained."""
+
+    source = Source(str(demo.DATA / "demo_qa"))
+
+    def __init__(self) -> None:
+        super().__init__(group="subject", unlearn={"subject": [FORGOTTEN]})
+
+
+class DemoTexts(TextClassification):
+    """What the model has read about villagers; texts about drinks have the label, those about all else have not."""
+
+    source = Source(str(demo.DATA / "demo_texts"))
+
+    def __init__(self) -> None:
+        super().__init__(label="subject", positive=[FORGOTTEN])
 
 
 class DemoRefusal(Refusal):

@@ -9,7 +9,7 @@ from corrsteer_pl.tasks.base import Task, users_own
 from corrsteer_pl.tasks.bbq import BBQ
 from corrsteer_pl.tasks.choice import MultipleChoice
 from corrsteer_pl.tasks.classification import TextClassification
-from corrsteer_pl.tasks.demo import DemoQA, DemoRefusal
+from corrsteer_pl.tasks.demo import DemoForget, DemoQA, DemoRefusal, DemoTexts
 from corrsteer_pl.tasks.generic import Generic
 from corrsteer_pl.tasks.gsm8k import GSM8K
 from corrsteer_pl.tasks.harmbench import HarmBench
@@ -35,6 +35,8 @@ TASKS: dict[str, type[Task]] = {
     "text_classification": TextClassification,
     "demo_qa": DemoQA,
     "demo_refusal": DemoRefusal,
+    "demo_forget": DemoForget,
+    "demo_texts": DemoTexts,
 }
 
 

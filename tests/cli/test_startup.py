@@ -40,7 +40,7 @@ def test_help_imports_nothing_large(args):
     [
         (
             ["fitt"],
-            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, report, ",
+            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, compare, doctor",
         ),
         (["fit", "--config", "nix.yaml"], "the configuration 'nix.yaml' was found neither as given nor in configs/"),
         (["fit", "--config"], "--config needs a configuration file after it"),

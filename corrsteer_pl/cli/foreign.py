@@ -1,0 +1,61 @@
+"""Configuration files that were written for one method, read for another."""
+
+import atexit
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+
+from corrsteer_pl.cli.arguments import given_method, read_config, replace_values
+from corrsteer_pl.cli.options import groups
+from corrsteer_pl.errors import choices
+from corrsteer_pl.methods.registry import METHODS
+
+
+def without_foreign_options(args: Sequence[str]) -> list[str]:
+    """Leave out of configuration files what only other methods have among ``model``'s options; a warning names it.
+
+    So one configuration of a task serves all methods. A file is replaced by a copy of its name.
+    """
+    method = given_method(args)
+    known = {name: _model_options(name) for name in METHODS}
+    if None in (known.get(method), *known.values()):
+        return list(args)
+    foreign = set().union(*(some or () for some in known.values())) - (known[method] or set())
+
+    def cleaned(path: str) -> str:
+        settings = {} if path.startswith("{") else read_config(path)
+        model = settings.get("model")
+        if not isinstance(model, dict) or not (left_out := sorted(foreign & set(model))):
+            return path
+        copy = Path(_scratch()) / Path(path).name
+        kept = {name: value for name, value in model.items() if name not in left_out}
+        copy.write_text(json.dumps({**settings, "model": kept}), encoding="utf-8")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            warnings.warn(
+                f"{Path(path).name} sets {choices(f'model.{name}' for name in left_out)}, which the method {method} "
+                "does not have; left out.",
+                stacklevel=2,
+            )
+        return str(copy)
+
+    return replace_values(args, ("--config", "-c"), cleaned)
+
+
+@cache
+def _scratch() -> str:
+    """A folder that lasts as long as this process."""
+    folder = mkdtemp(prefix="corrsteer_pl-configs-")
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def _model_options(method: str) -> set[str] | None:
+    """Names of a method's own options; None where its source does not tell them."""
+    options = groups("fit", method)["model"].options
+    return None if options is None else {option.name.removeprefix("model.") for option in options}

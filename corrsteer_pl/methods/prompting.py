@@ -1,0 +1,131 @@
+"""Prompting: the same model, asked with a system message or with solved examples before the question."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from corrsteer_pl.data import Batch
+from corrsteer_pl.errors import UserError, one_line
+from corrsteer_pl.interventions.switched import Switched
+from corrsteer_pl.methods.answering import Answering
+from corrsteer_pl.methods.base import Method, Settings
+from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.models.decoding.decode import Intervention
+from corrsteer_pl.models.decoding.kept import KeptPrompts
+from corrsteer_pl.tasks import Task
+
+
+class Prompting(Method):
+    """Compares answers to the plain prompt with those to one that has more before it, the baseline that costs nothing.
+
+    A fit takes the solved examples from the fit split and learns nothing else.
+
+    Args:
+        llm: Path or Hub id of a causal language model, a GGUF file, or ``demo``.
+        system_prompt: A system message, where prompts are put into a chat template.
+        shots: How many solved examples stand before each prompt.
+        dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``.
+        llm_args: Further options for loading the model.
+        candidate_batch_size: As for other methods.
+        noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
+    """
+
+    settings = Settings(settled=("shots",), tested=("system_prompt", "dtype", "llm_args"))
+
+    def __init__(
+        self,
+        llm: str,
+        system_prompt: str | None = None,
+        shots: int = 0,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        llm_args: dict | None = None,
+        candidate_batch_size: int | str = "auto",
+        noise_floor: bool = False,
+    ) -> None:
+        super().__init__(llm, dtype, llm_args, candidate_batch_size)
+        llm = self.llm_name
+        self.save_hyperparameters()
+        if shots < 0:
+            raise UserError(f"model.shots is {shots}; it is a number of examples, at least 0.")
+        if system_prompt is None and not shots:
+            raise UserError("prompting has nothing to put before prompts. Set model.system_prompt or model.shots.")
+        self.turns: list[str] = []
+
+    def begin(self) -> None:
+        """Take the solved examples.
+
+        Raises:
+            UserError: There are too few, or there is no chat template for a system message.
+        """
+        count, examples = self.hparams["shots"], self.datamodule.examples["train"]
+        solved = [example for example in examples if example.solution is not None][:count]
+        if len(solved) < count:
+            raise UserError(
+                f"model.shots is {count}, but the fit split has {len(solved)} examples with a solution to show. Set it "
+                "lower, or leave it out."
+            )
+        if self.hparams["system_prompt"] is not None and not self.datamodule.uses_chat(self.llm):
+            raise UserError(
+                "model.system_prompt is a system message, but prompts are not put into a chat template. Leave it out, "
+                "or take an instruction model with its template."
+            )
+        self.turns = [turn for example in solved for turn in (example.prompt, str(example.solution))]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learn nothing."""
+        return torch.zeros((), requires_grad=True)
+
+    def answering_for(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:
+        """How a task is answered: to the plain prompt, or to the one with more before it, by the variant."""
+        return _Prompted(super().answering_for(task, stage), self)
+
+    def prompted(self, batch: Batch) -> Batch:
+        """The batch with more before each prompt."""
+        data, system = self.datamodule, self.hparams["system_prompt"]
+        chat = data.uses_chat(self.llm)
+        system = data.hparams["system_prompt"] if system is None else system
+        rows = [self.llm.prompt_ids([*self.turns, *data.turns(e)], chat, system) for e in batch.examples]
+        ids, mask = (tensor.to(batch.input_ids.device) for tensor in self.llm.left_pad(rows))
+        return replace(batch, input_ids=ids, attention_mask=mask)
+
+    def comparison(self) -> Switched:
+        """The model twice: the second time with another prompt."""
+        return Switched([None, None])
+
+    def state(self) -> dict[str, Any]:
+        """The solved examples."""
+        return {"turns": self.turns}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the solved examples."""
+        try:
+            self.turns = [str(turn) for turn in state["turns"]]
+        except (KeyError, TypeError) as error:
+            raise damaged(f"its solved examples cannot be read ({one_line(error)})") from error
+
+
+class _Prompted:
+    """Answers the second of two variants to another prompt."""
+
+    def __init__(self, plain: Answering, method: Prompting) -> None:
+        self.plain, self.method = plain, method
+        self.decoder, self.schedule = plain.decoder, plain.schedule
+
+    def observe(self, batch: Batch, reader: Any = None) -> list[str]:
+        return self.plain.observe(batch, reader)
+
+    def rewards(self, texts: list[str], batch: Batch) -> Tensor:
+        return self.plain.rewards(texts, batch)
+
+    def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
+        unchanged: Any = Switched([None])
+        batches: Sequence[Batch] = [batch, self.method.prompted(batch)][: len(variants)]
+        return [self.plain.texts(some, unchanged)[0] for some in batches]
+
+    def compare(
+        self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None
+    ) -> list[tuple[list[str], Tensor]]:
+        return [(texts, self.rewards(texts, batch)) for texts in self.texts(batch, variants, kept)]
