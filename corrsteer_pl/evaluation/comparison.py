@@ -1,0 +1,210 @@
+"""Cells of a comparison, each one system on one task with one seed, and the table that they make."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from corrsteer_pl.errors import UserError, one_line
+from corrsteer_pl.evaluation import figures
+from corrsteer_pl.evaluation.figures import Point
+from corrsteer_pl.evaluation.paired import Z_95, side_effect_ratio
+from corrsteer_pl.files import read_rows, write_json
+
+CELL = "cell.json"
+# The test on the task of the fit.
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a system did on a task with a seed.
+
+    Attributes:
+        task: Name of the task's configuration.
+        system: Name of the system.
+        seed: Seed of the fit.
+        settings: A hash of all options.
+        commit: Of the code.
+        machine: What it was measured on.
+        refused: Why the system cannot be fitted on the task; None if it can.
+        metrics: Of the test, as in ``metrics.json``.
+        elsewhere: The same of tests on other tasks, by name.
+        size: Numbers that the change consists of.
+        examples: Samples of the fit.
+        seconds: Time of the fit.
+        cost: Time to answer with the change over time without it, less 1.
+    """
+
+    task: str
+    system: str
+    seed: int
+    settings: str
+    commit: str
+    machine: str
+    refused: str | None = None
+    metrics: Mapping[str, Any] | None = None
+    elsewhere: Mapping[str, Any] | None = None
+    size: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    cost: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> "Cell | None":
+        """The finished cell of a folder; None if there is none.
+
+        Raises:
+            UserError: Its file is damaged.
+        """
+        path = folder / CELL
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is no cell of a comparison ({one_line(error)}). Remove it.") from None
+
+    def write(self, folder: Path) -> None:
+        """Keep it."""
+        write_json(folder / CELL, asdict(self))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a system on a task, over its seeds.
+
+    Rewards and differences are in [0, 1]; the interval is that of the mean paired difference over the questions, each
+    with its mean over the seeds, and does not contain what another choice of questions for the fit would change; that
+    is what the deviation over seeds says.
+    """
+
+    task: str
+    system: str
+    seeds: int
+    n: int
+    reward_baseline: float
+    reward: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    deviation: float | None
+    side_effect_ratio: float | None
+    elsewhere: float | None
+    size: float
+    examples: float
+    seconds: float
+    cost: float
+    refused: str | None = None
+
+
+def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
+    """The table of finished cells with their folders: tasks in their order, the best system of each first."""
+    found = []
+    for task in dict.fromkeys(cell.task for _, cell in cells):
+        mine = [(folder, cell) for folder, cell in cells if cell.task == task]
+        systems = dict.fromkeys(cell.system for _, cell in mine)
+        some = [_line([pair for pair in mine if pair[1].system == system]) for system in systems]
+        found += sorted(some, key=lambda line: (line.refused is not None, -line.difference))
+    return found
+
+
+def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
+    first = cells[0][1]
+    if first.refused is not None:
+        nothing = (0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None, None, 0.0, 0.0, 0.0, 0.0)
+        return Line(first.task, first.system, *nothing, refused=first.refused)
+    differences: dict[str, list[float]] = {}
+    for folder, _ in cells:
+        for row in read_rows(folder / "test" / OWN / "outcomes.jsonl"):
+            differences.setdefault(row["id"], []).append(row["reward_steered"] - row["reward_baseline"])
+    each = [statistics.fmean(some) for some in differences.values()]
+    mean = statistics.fmean(each)
+    half = Z_95 * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    metrics = [cell.metrics or {} for _, cell in cells]
+    by_seed = [m["difference"] for m in metrics]
+    elsewhere = [m["difference"] for _, cell in cells for m in (cell.elsewhere or {}).values()]
+
+    def over(name: str) -> float:
+        return statistics.fmean(getattr(cell, name) for _, cell in cells)
+
+    return Line(
+        task=first.task, system=first.system, seeds=len(cells), n=len(each),
+        reward_baseline=statistics.fmean(m["reward_baseline"] for m in metrics),
+        reward=statistics.fmean(m["reward_steered"] for m in metrics),
+        difference=mean, ci_low=mean - half, ci_high=mean + half,
+        deviation=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
+        side_effect_ratio=side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
+        elsewhere=statistics.fmean(elsewhere) if elsewhere else None,
+        size=over("size"), examples=over("examples"), seconds=over("seconds"), cost=over("cost"),
+    )  # fmt: skip
+
+
+HEADINGS = (
+    "system", "seeds", "reward", "difference [95 %]", "over seeds", "SER", "elsewhere", "numbers", "examples",
+    "fit s", "cost %",
+)  # fmt: skip
+
+
+def markdown(table: Sequence[Line], note: str) -> str:
+    """The table as Markdown, a part for each task."""
+    parts = []
+    for task in dict.fromkeys(line.task for line in table):
+        mine = [line for line in table if line.task == task]
+        fitted = [line for line in mine if line.refused is None]
+        unchanged = f"{100 * fitted[0].reward_baseline:.1f} %, {fitted[0].n} questions" if fitted else "not measured"
+        rows = "".join(f"| {' | '.join(_cells(line))} |\n" for line in fitted)
+        head = f"**{task}** (unchanged model: {unchanged})\n\n| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|\n"
+        refused = "".join(f"- {line.system}: {line.refused}\n" for line in mine if line.refused is not None)
+        parts.append(head + rows + (f"\nNot for this task:\n\n{refused}" if refused else ""))
+    return "\n".join([*parts, note])
+
+
+def _cells(line: Line) -> Iterator[str]:
+    low, high = 100 * line.ci_low, 100 * line.ci_high
+    yield line.system
+    yield str(line.seeds)
+    yield f"{100 * line.reward:.1f}"
+    yield f"{100 * line.difference:+.1f} [{low:.1f}, {high:.1f}]"
+    yield "-" if line.deviation is None else f"± {100 * line.deviation:.1f}"
+    yield "-" if line.side_effect_ratio is None else f"{line.side_effect_ratio:.2f}"
+    yield "-" if line.elsewhere is None else f"{100 * line.elsewhere:+.1f}"
+    yield f"{line.size:,.0f}"
+    yield f"{line.examples:,.0f}"
+    yield f"{line.seconds:.0f}"
+    yield f"{100 * line.cost:+.0f}"
+
+
+EXPLAINED = (
+    "Reward and differences in percent and percentage points; difference: paired, over the questions, each with its "
+    "mean over the seeds; over seeds: standard deviation of the difference; SER: share of changed answers that got "
+    "worse; elsewhere: difference of the reward on the tasks named by --elsewhere; numbers: how many the change "
+    "consists of; cost: extra time to answer, measured on one batch."
+)
+
+
+def comma_separated(table: Sequence[Line]) -> str:
+    """The table as CSV, with all digits."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(asdict(table[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in table)
+    return file.getvalue()
+
+
+def picture(table: Sequence[Line]) -> str:
+    """Differences with their intervals, sorted within each task."""
+    several = len({line.task for line in table}) > 1
+    points = [
+        Point(
+            f"{line.task}: {line.system}" if several else line.system,
+            100 * line.difference, 100 * line.ci_low, 100 * line.ci_high, line.ci_low > 0,
+        )
+        for line in table if line.refused is None
+    ]  # fmt: skip
+    return figures.points(points, "change of the test reward, points, with 95 % intervals", "unchanged")
