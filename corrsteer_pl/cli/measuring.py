@@ -102,7 +102,8 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
         seconds = time.monotonic() - started
         test = ["test", f"--ckpt_path={folder / 'last.ckpt'}", *always]
         tested = _silently([*test, "--config", config], OWN)
-        elsewhere = {Path(path).stem: _tested_elsewhere(test, path, folder, plan) for path in plan.elsewhere}
+        names = {Path(path).stem: path for path in plan.elsewhere if Path(path).stem != plan.task}
+        elsewhere = {name: _tested_elsewhere(test, path, folder, plan) for name, path in names.items()}
         cell = Cell(
             **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.counted,
             seconds=seconds, cost=extra_cost(tested),
@@ -144,12 +145,11 @@ def _silently(args: list[str], tag: str | None = None) -> Any:
 def extra_cost(method: Any) -> float:
     """Extra time to answer a batch of the test with the change, as a share: the fastest of several tries each."""
     batch = next(iter(method.datamodule.test_dataloader())).to(method.device)
-    variants = list(method.comparison().groups(1))
     times: list[list[float]] = [[], []]
     for _ in range(REPEATS + 1):
-        for variant, some in zip(variants, times, strict=True):
+        for changed, some in enumerate(times):
             started = time.perf_counter()
-            method.answering.texts(batch, variant)
+            method.answers(batch, bool(changed))
             some.append(time.perf_counter() - started)
     # The first ones warm up.
     unchanged, changed = (min(some[1:]) for some in times)

@@ -87,9 +87,7 @@ def groups(command: str, method: str) -> dict[str, Group]:
             Option("seeds", "int", "3", "How many seeds, from 0."),
             Option("out", "folder", "checkpoints/compare", "Where cells, table and figure are written."),
             Option("elsewhere", "file", "", "Configuration of a task on which the change may do harm."),
-            Option(
-                "systems", "file", "", "YAML file with more systems: for each name a method, and options of its own."
-            ),
+            Option("systems", "file", "", "YAML file with more systems: for each name a method, and its options."),
             Option("readme", "file", "", "File into which the table is written, between its marks."),
         ]
     return {

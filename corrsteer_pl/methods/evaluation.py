@@ -84,6 +84,11 @@ class PairedEvaluation(LightningModule, ABC):
                 )  # fmt: skip
                 self._numbered.append((batch.rows[i], outcome))
 
+    def answers(self, batch: Batch, changed: bool) -> list[str]:
+        """Answers of one of both models alone, after a test has begun."""
+        variant = list(self._compared.groups(1))[changed]
+        return self.answering.texts(batch, variant)[0]
+
     def on_test_epoch_end(self) -> None:
         """Bring the outcomes of all processes together and compare."""
         numbered = sorted(gather_lists(self._numbered), key=lambda pair: pair[0])

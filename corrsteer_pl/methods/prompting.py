@@ -91,6 +91,10 @@ class Prompting(Method):
         ids, mask = (tensor.to(batch.input_ids.device) for tensor in self.llm.left_pad(rows))
         return replace(batch, input_ids=ids, attention_mask=mask)
 
+    def answers(self, batch: Batch, changed: bool) -> list[str]:
+        """Answers to the plain prompt, or to the one with more before it."""
+        return super().answers(self.prompted(batch) if changed else batch, changed=False)
+
     def comparison(self) -> Switched:
         """The model twice: the second time with another prompt."""
         return Switched([None, None])
