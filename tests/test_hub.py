@@ -32,8 +32,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SETTINGS = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(CONFIGS.glob("*.yaml"))}
 TASKS = [
-    name for name, s in SETTINGS.items() if "task" in s.get("data", {}) and s.get("model", {}).get("llm") != "demo"
+    name
+    for name, s in SETTINGS.items()
+    if "task" in s.get("data", {}) and s.get("model", {}).get("llm") != "demo" and "method" not in s
 ]
+OTHERS = [name for name, s in SETTINGS.items() if s.get("method") and s["model"]["llm"] != "demo"]
 PRESETS = [name for name, s in SETTINGS.items() if "task" not in s.get("data", {})]
 # Their SAEs are in a folder that the user makes.
 TRAIN_FIRST = ("smollm2_135m.yaml",)
@@ -77,11 +80,31 @@ def test_every_task_config_fits_and_tests(name, here):
     stored = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"].values()
     sums = sum(tensor.nbytes for tensor in stored)
     assert sums >= len(layers) * 16384 * 7 * 8
-    assert (folder / "last.ckpt").stat().st_size < 1.1 * sums
+    # Directions, and what a score that needs histograms leaves: a number for each feature.
+    assert (folder / "last.ckpt").stat().st_size < 1.1 * sums + len(layers) * 16384 * 8
     for feature in selection["candidates"]:
         layer, index = feature["layer"], feature["index"]
         expected = f"https://www.neuronpedia.org/gemma-2-2b/{layer}-gemmascope-res-16k/{index}"
         assert feature["neuronpedia"] == expected
+    (metrics,) = folder.glob("test/*/metrics.json")
+    assert json.loads(metrics.read_text(encoding="utf-8"))["n"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_config_of_another_method_fits_and_tests(name, here):
+    # Two thin blocks stand for the real depth, and noise has no salient feature to speak of.
+    crisp = ["--model.layers=[1]", "--model.adapter_layers=[0,1]", "--model.least_ratio=1.01", "--model.k=4"]
+    rosi = ["--model.topm=2", "--model.strengths=[1,4]", "--data.task_args.max_new_tokens=8", "--model.positions=2"]
+    # The blocks of these models write almost nothing along the mean.
+    rosi += ["--model.form=projection"]
+    options = {"crisp": crisp, "rosi": rosi}.get(SETTINGS[name]["method"], ["--model.adapter=lora"])
+    folder = run([name], *options)
+    selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
+    assert selection["llm"]["name"] == "google/gemma-2-2b-it"
+    assert selection["samples"] == 48
+    # Low-rank matrices beside 2,304 x 16,384 of an SAE, or the sums of two layers: no weight of the model.
+    assert (folder / "last.ckpt").stat().st_size < 5_000_000
     (metrics,) = folder.glob("test/*/metrics.json")
     assert json.loads(metrics.read_text(encoding="utf-8"))["n"] == 16
 

@@ -23,7 +23,7 @@ RUNS = Path("checkpoints")
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 # Options whose values are dictionaries.
-NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args", "model.budget")
+NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args", "model.budget", "model.harmless")
 CODE = "model.llm_args.trust_remote_code"
 FLAGS = ("-h", "--help", "--print_config")
 

@@ -152,8 +152,8 @@ def extra_cost(method: Any) -> float:
             method.answers(batch, bool(changed))
             some.append(time.perf_counter() - started)
     # The first ones warm up.
-    unchanged, changed = (min(some[1:]) for some in times)
-    return changed / unchanged - 1
+    before, after = (min(some[1:]) for some in times)
+    return after / before - 1
 
 
 @contextlib.contextmanager

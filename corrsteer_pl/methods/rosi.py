@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from corrsteer_pl.data import Batch
+from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
 from corrsteer_pl.files import write_atomically, write_json
 from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, EditedWeights, EditRecord, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulate import MergedSums
+from corrsteer_pl.methods.answering import Generating
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.calibration import divergences
+from corrsteer_pl.methods.calibration import Budget, divergences, losses
 from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.methods.provenance import damaged
 from corrsteer_pl.methods.selecting import Selecting
@@ -88,6 +89,8 @@ class Rosi(Selecting):
         max_kl: Largest mean KL divergence, in nats, of the edited from the unchanged model's first new token after
             harmless requests of the validation; None for any.
         max_loss: Largest fall of the mean reward on these, which is over-refusal; None for any.
+        harmless: Options of the data module for harmless requests of another task, of whose validation split these two
+            are measured on 200 at most; None for those of the validation.
         extraction_prompt: A system message for both classes while directions are extracted, and only then, for models
             that were not taught to refuse.
         scale: Factor on the chosen strength, in a test.
@@ -122,6 +125,7 @@ class Rosi(Selecting):
         topm: int = 8,
         max_kl: float | None = 0.2,
         max_loss: float | None = 0.02,
+        harmless: dict | None = None,
         extraction_prompt: str | None = None,
         scale: float = 1.0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -133,6 +137,7 @@ class Rosi(Selecting):
         llm = self.llm_name
         self.save_hyperparameters()
         _check_values(self.hparams)
+        self.budget = Budget.of({"kl": 0.0, **harmless}) if harmless else Budget()
         self._forget({})
 
     def _forget(self, sums: Mapping[str, ClassMeans]) -> None:
@@ -149,7 +154,8 @@ class Rosi(Selecting):
         writers(self.llm.model)
         examples = self.datamodule.examples["train"]
         require_both(examples, "fit")
-        require_both(self.datamodule.examples["validation"], "validation")
+        if not self.budget.data:
+            require_both(self.datamodule.examples["validation"], "validation")
         if self.hparams["extraction_prompt"] is not None and not self.datamodule.uses_chat(self.llm):
             raise UserError(
                 "model.extraction_prompt is a system message, but prompts are not put into a chat template. Leave it "
@@ -258,17 +264,24 @@ class Rosi(Selecting):
 
     def _costs(self, rewards: Tensor) -> list[Strength]:
         """Of each variant what it reaches, and what it costs on harmless requests."""
-        kept = torch.tensor([e.gold == COMPLY for e in self.datamodule.examples["validation"]])
-        harmless = rewards[:, kept].mean(1)
+        data = self.budget.prompts(self.datamodule)
         variants = EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
-        decoder = Decoder(self.llm, self.task.max_new_tokens, None, self.candidate_batch_size)
-        kl = divergences(decoder, self._harmless_batches(), variants)
+        decoder = Decoder(self.llm, data.task.max_new_tokens, None, self.candidate_batch_size)
+        kl = divergences(decoder, self._harmless(data), variants)
+        if data is self.datamodule:
+            kept = torch.tensor([example.gold == COMPLY for example in data.examples["validation"]])
+            harmless = rewards[:, kept].mean(1)
+            loss = (harmless[0] - harmless).tolist()
+        else:
+            data.task.load(str(self.device))
+            loss = losses(Generating(decoder, data.task), self._harmless(data), variants)
         sizes = [0.0, *(tried.edit.strength for tried in self._tried)]
-        found = zip(sizes, rewards.mean(1).tolist(), kl, (harmless[0] - harmless).tolist(), strict=True)
-        return [Strength(scale, reward, kl=divergence, loss=loss) for scale, reward, divergence, loss in found]
+        found = zip(sizes, rewards.mean(1).tolist(), kl, loss, strict=True)
+        return [Strength(scale, reward, kl=divergence, loss=fall) for scale, reward, divergence, fall in found]
 
-    def _harmless_batches(self) -> Iterator[Batch]:
-        for batch in self.datamodule.val_dataloader():
+    def _harmless(self, data: TaskDataModule) -> Iterator[Batch]:
+        """Validation batches in which only harmless requests count."""
+        for batch in data.val_dataloader():
             kept = torch.tensor([float(example.gold == COMPLY) for example in batch.examples])
             yield replace(batch, weight=batch.weight * kept).to(self.device)
 

@@ -22,6 +22,7 @@ class TextClassification(Task):
         positive: Labels that are looked for.
         negative: Labels to tell them from; texts with other labels are left out. None for all others.
         group: Column whose values are reported separately, or None.
+        first_words: Read only so many words of each text; None reads all.
     """
 
     generates = False
@@ -33,7 +34,11 @@ class TextClassification(Task):
         positive: Sequence[Any] = (1,),
         negative: Sequence[Any] | None = None,
         group: str | None = None,
+        first_words: int | None = None,
     ) -> None:
+        if first_words is not None and first_words < 1:
+            raise UserError(f"data.task_args.first_words is {first_words}; it is a number of words, at least 1.")
+        self.first_words = first_words
         self.text, self.label, self.group = text, label, group
         self.positive = {str(value) for value in positive}
         self.negative = None if negative is None else {str(value) for value in negative}
@@ -62,8 +67,11 @@ class TextClassification(Task):
         for one, text, label in zip(ids, texts, map(str, labels), strict=True):
             if label in self.positive or self.negative is None or label in self.negative:
                 gold = "positive" if label in self.positive else "negative"
-                found.append(Example(one, str(text), gold, present(group, gold)))
+                found.append(Example(one, self._beginning(str(text)), gold, present(group, gold)))
         return found
+
+    def _beginning(self, text: str) -> str:
+        return text if self.first_words is None else " ".join(text.split()[: self.first_words])
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """The text of a row that has one."""

@@ -114,7 +114,20 @@ def add_benchmarks(hub: Hub) -> None:
         "truthfulqa/truthful_qa",
         {"multiple_choice": {"validation": truthfulqa_rows(150)}, "generation": {"validation": []}},
     )
+    add_dataset(hub, "cais/wmdp", {"wmdp-cyber": {"test": mmlu_rows(200, "wmdp")}})
+    add_dataset(
+        hub,
+        "cais/wmdp-corpora",
+        {"cyber-forget-corpus": {"train": corpus_rows(40, "exploit the socket buffer")},
+         "cyber-retain-corpus": {"train": corpus_rows(40, "prune the lavender hedge")}},
+    )  # fmt: skip
     add_dataset(hub, "McGill-NLP/stereoset", {"intrasentence": {"validation": stereoset_rows(100)}})
+
+
+def corpus_rows(n: int, about: str) -> list[dict]:
+    """Texts about something."""
+    rng = random.Random(about)
+    return [{"text": " ".join([about, *rng.choices(about.split(), k=20), str(i)])} for i in range(n)]
 
 
 WORDS = (

@@ -1,0 +1,139 @@
+"""Every system under one evaluation: cells, the table that they make, and going on after an interruption."""
+
+import csv
+import json
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+
+from corrsteer_pl.cli.compare import SYSTEMS
+from corrsteer_pl.cli.measuring import claimed
+from corrsteer_pl.cli.program import main
+from corrsteer_pl.evaluation.comparison import Cell, lines
+from corrsteer_pl.evaluation.paired import Z_95
+from corrsteer_pl.files import read_rows, write_jsonl
+from corrsteer_pl.methods.registry import METHODS
+
+SMALL = ["--data.train_size=64", "--data.val_size=16", "--data.test_size=24"]
+METHODS_HERE = ["--methods", "corrsteer_global", "contrastive,few_shot", "rosi"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("compare"), Path.cwd()
+    os.chdir(folder)
+    args = ["compare", "--config", "demo.yaml", *METHODS_HERE, "--seeds", "2", "--elsewhere", "demo_refusal.yaml"]
+    try:
+        assert main([*args, *SMALL]) == 0
+    finally:
+        os.chdir(before)
+    return folder / "checkpoints/compare", [*args, *SMALL]
+
+
+def test_every_system_names_a_method():
+    assert {system.method for system in SYSTEMS.values()} == set(METHODS) - {"bias"}
+
+
+def test_the_table_is_that_of_the_outcomes(compared):
+    out, _ = compared
+    table = json.loads((out / "table.json").read_text(encoding="utf-8"))["lines"]
+    assert [line["system"] for line in table if line["refused"]] == ["rosi"]
+    fitted = [line for line in table if not line["refused"]]
+    assert [line["difference"] for line in fitted] == sorted((line["difference"] for line in fitted), reverse=True)
+    (line,) = [line for line in fitted if line["system"] == "contrastive"]
+    differences, by_seed = {}, []
+    for seed in (0, 1):
+        rows = read_rows(out / f"cells/demo/contrastive-{seed}/test/own/outcomes.jsonl")
+        by_seed.append(statistics.fmean(r["reward_steered"] - r["reward_baseline"] for r in rows))
+        for row in rows:
+            differences.setdefault(row["id"], []).append(row["reward_steered"] - row["reward_baseline"])
+    each = [statistics.fmean(some) for some in differences.values()]
+    half = Z_95 * statistics.stdev(each) / len(each) ** 0.5
+    assert line["difference"] == pytest.approx(statistics.fmean(each))
+    assert (line["ci_low"], line["ci_high"]) == pytest.approx((line["difference"] - half, line["difference"] + half))
+    assert line["deviation"] == pytest.approx(statistics.stdev(by_seed))
+    assert line["examples"] == 64
+    assert line["elsewhere"] is not None
+    with (out / "table.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["system"] for row in csv.DictReader(file)] == [line["system"] for line in table]
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert "- rosi: rosi needs harmful and harmless requests" in text
+    assert "--methods corrsteer_global contrastive,few_shot rosi --seeds 2" in text or "python -m corrsteer_pl" in text
+    assert (out / "table.svg").read_text(encoding="utf-8").lstrip().startswith("<")
+
+
+def test_finished_cells_are_kept_and_others_measured_anew(compared, monkeypatch):
+    out, args = compared
+    monkeypatch.chdir(out.parents[1])
+    seen = []
+    monkeypatch.setattr(
+        "corrsteer_pl.cli.compare.measure", lambda plan, *_: seen.append((plan.name, plan.seed)) or pytest.fail("again")
+    )
+    assert main(args) == 0
+    assert seen == []
+    # Other options are another cell.
+    monkeypatch.setattr(
+        "corrsteer_pl.cli.compare.measure", lambda plan, *_: seen.append((plan.name, plan.seed)) or Cell(
+            plan.task, plan.name, plan.seed, plan.settings, "c", "m", refused="no"
+        )
+    )  # fmt: skip
+    assert main([*args, "--data.batch_size=8"]) == 0
+    assert len(seen) == 8
+
+
+def test_a_cell_is_measured_by_one_process(tmp_path):
+    with claimed(tmp_path) as first, claimed(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with claimed(tmp_path) as again:
+        assert again
+    # A process that was killed leaves its lock behind.
+    (tmp_path / ".lock").write_text(f"{os.uname().nodename} 999999999", encoding="utf-8")
+    with claimed(tmp_path) as taken_over:
+        assert taken_over
+    (tmp_path / ".lock").write_text("another-machine 1", encoding="utf-8")
+    with claimed(tmp_path) as of_another:
+        assert not of_another
+
+
+def test_a_system_of_ones_own_has_its_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.yaml").write_text("quick: {method: finetune, adapter: lora, lr: 0.01}\n", encoding="utf-8")
+    args = ["compare", "--config", "demo.yaml", "--methods", "quick", "--systems", "more.yaml", "--seeds=1", *SMALL]
+    assert main(args) == 0
+    config = json.loads(Path("checkpoints/compare/cells/demo/quick-0/system.json").read_text(encoding="utf-8"))
+    assert config["method"] == "finetune"
+    assert config["model"] == {"llm": "demo", "adapter": "lora", "lr": 0.01}
+
+
+def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
+    folders = []
+    for seed, rewards in enumerate(([1.0, 0.0], [1.0, 1.0])):
+        folder = tmp_path / str(seed)
+        rows = [{"id": f"q{i}", "reward_baseline": 0.0, "reward_steered": r} for i, r in enumerate(rewards)]
+        (folder / "test/own").mkdir(parents=True)
+        write_jsonl(folder / "test/own/outcomes.jsonl", rows)
+        mean = sum(rewards) / 2
+        metrics = {"reward_baseline": 0.0, "reward_steered": mean, "difference": mean, "better": int(sum(rewards))}
+        folders.append((folder, Cell("t", "s", seed, "x", "c", "m", metrics={**metrics, "worse": 1 - seed})))
+    (line,) = lines(folders)
+    assert (line.difference, line.n, line.seeds) == (0.75, 2, 2)
+    assert line.side_effect_ratio == 1 / 4
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "compare needs tasks. Name the configuration of each"),
+        (["--config", "demo.yaml", "--methods", "nix"], "the system 'nix' is not known; choose among corrsteer"),
+        (["--config", "demo.yaml", "--seeds", "0"], "--seeds is 0; it is a number of seeds, at least 1"),
+        (["--config", "demo.yaml", "--systems", "bad.yaml"], "bad.yaml names no method for mine. Give it one"),
+        (["--config", "demo.yaml", "--methds", "raw"], "there is no option methds; the nearest are methods"),
+    ],
+)
+def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("mine: {lr: 1}\n", encoding="utf-8")
+    assert main(["compare", *args]) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""Prompting as a method: the plain prompt against one with solved examples before it."""
+
+import pytest
+
+from corrsteer_pl import TaskDataModule
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.prompting import Prompting
+from corrsteer_pl.methods.run_files import RunFiles
+from tests.conftest import make_trainer
+
+SMALL = {"train_size": 24, "val_size": 8, "test_size": 30}
+
+
+def test_both_answers_are_those_to_their_own_prompts(tmp_path):
+    module, data = Prompting("demo", shots=2), TaskDataModule(**SMALL)
+    make_trainer(callbacks=[RunFiles()], enable_checkpointing=True, default_root_dir=tmp_path).fit(
+        module, datamodule=data
+    )
+    shown = data.examples["train"][:2]
+    assert module.turns == [turn for example in shown for turn in (example.prompt, example.solution)]
+    again, tested = Prompting("demo", shots=2), TaskDataModule(**SMALL)
+    make_trainer().test(again, datamodule=tested, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    decoder = again.answering.decoder
+    for outcome, example in list(zip(again.outcomes, tested.examples["test"], strict=True))[:10]:
+        for answer, turns in ((outcome.answer_baseline, []), (outcome.answer_steered, module.turns)):
+            ids, mask = again.llm.left_pad([again.llm.prompt_ids([*turns, example.prompt], chat=False)])
+            assert decoder.generate(type("P", (), {"input_ids": ids, "attention_mask": mask})) == [answer]
+    # As with shots for all prompts of the data module, but for which examples are shown.
+    assert again.metrics["changed"] > 0
+
+
+def test_what_cannot_be_asked_is_told():
+    with pytest.raises(UserError, match="prompting has nothing to put before prompts"):
+        Prompting("demo")
+    with pytest.raises(UserError, match="model.shots is -1; it is a number of examples"):
+        Prompting("demo", shots=-1)
+    with pytest.raises(UserError, match="model.system_prompt is a system message, but prompts are not put into a chat"):
+        make_trainer().fit(Prompting("demo", system_prompt="Be brief."), datamodule=TaskDataModule(**SMALL))
+    with pytest.raises(UserError, match="model.shots is 3, but the fit split has 0 examples with a solution to show"):
+        make_trainer().fit(Prompting("demo", shots=3), datamodule=TaskDataModule("demo_refusal", **SMALL))
