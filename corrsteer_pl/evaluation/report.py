@@ -72,6 +72,48 @@ def _changed(o: Outcome) -> Changed:
     return Changed(o.id, o.prompt, o.gold, before, after, (o.reward_baseline, o.reward_steered))
 
 
+@dataclass(frozen=True)
+class Words:
+    """What is said of a method.
+
+    Attributes:
+        what: What was done, with ``{model}`` and ``{number}`` of what was selected.
+        noun: What is selected.
+        title: Heading of what was selected.
+        score: What it was ranked by.
+        right, wrong: The two classes that were told apart.
+    """
+
+    what: str
+    noun: str
+    title: str = "The features"
+    score: str = "score"
+    right: str = "right answers"
+    wrong: str = "wrong ones"
+
+
+FEATURES = Words("Steering {model} with {number}", "feature")
+WORDS = {
+    "mean_difference": Words(
+        "Steering {model} with {number}", "contrastive vector", "The vectors", "distance of the means"
+    ),
+    "rosi": Words(
+        "Editing the weights of {model} along a direction", "edit", "The edit", "separation of the classes",
+        "harmful requests", "harmless ones",
+    ),
+    "crisp": Words(
+        "Quietening {number} of {model} by an adapter", "feature", "The salient features", "difference of rates",
+        "target tokens", "retain tokens",
+    ),
+    "finetune": Words("Fine-tuning {model}", "weight", "What was trained"),
+}  # fmt: skip
+
+
+def words_of(run: Run) -> Words:
+    """What is said of a run's method."""
+    return WORDS.get(run.method, FEATURES)
+
+
 def verdict(run: Run, test: Test | None) -> str:
     """What came out, in one plain sentence, and another if it is a control."""
     return f"{_outcome(run, test)}{control(run)}"
@@ -87,13 +129,14 @@ def control(run: Run) -> str:
 
 
 def _outcome(run: Run, test: Test | None) -> str:
-    count, selection = len(run.selection.features), run.selection
-    if not count:
+    count, selection, words = len(run.selection.features), run.selection, words_of(run)
+    if not count and run.method != "finetune":
         return (
-            f"No feature beat the unsteered model on validation, so nothing is steered "
+            f"No {words.noun} beat the unsteered model on validation, so nothing is changed "
             f"({percentage(selection.baseline_reward)} there)."
         )
-    what = f"Steering {selection.llm.get('name', 'the model')} with {count} feature{'s' * (count != 1)}"
+    number = f"{count} {words.noun}{'s' * (count != 1)}"
+    what = words.what.format(model=selection.llm.get("name", "the model"), number=number)
     if test is None:
         joint = selection.joint_reward
         gained = f" took the reward on validation from {percentage(selection.baseline_reward)} to {percentage(joint)}"
@@ -132,6 +175,9 @@ def context(run: Run, test: Test | None, record: Mapping[str, Any]) -> dict[str,
         "selection": selection,
         "test": test,
         "verdict": verdict(run, test),
+        "method": run.method,
+        "classes": words_of(run),
+        "searches": selection.null_max_correlation is not None,
         "missing": missing(run, test, record),
         "commands": commands(run, test),
         "comparison": test and compared(test.outcomes, test.metrics, ("unsteered", "steered")),

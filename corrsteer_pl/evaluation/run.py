@@ -90,6 +90,11 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def method(self) -> str:
+        """Name of the method; the default one's where the run does not say."""
+        return str(self.settings.get("method", "corrsteer"))
+
+    @property
     def place(self) -> str:
         """The folder as it can be written into a command, from where the report was asked for."""
         return self.beside("")
