@@ -29,10 +29,12 @@ def test_every_option_named_in_the_documentation_exists():
     import io
 
     from corrsteer_pl.cli.program import main
+    from corrsteer_pl.methods.registry import METHODS
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        assert main(["fit", "--help"]) == 0
+        for method in METHODS:
+            assert main(["fit", "--method", method, "--help"]) == 0
     texts = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     named = set(re.findall(r"--((?:model|data|trainer|results)\.\w+)", texts))
     assert len(named) > 8

@@ -271,3 +271,20 @@ def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
     assert sorted(path.name for path in run.iterdir()) == [
         "config.yaml", "features.json", "last.ckpt", "logs", "selection.json", "steering.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_adapter_as_one_does_with_twice_the_batch(tmp_path):
+    small = ["--data.train_size=150", "--data.val_size=16", "--trainer.enable_progress_bar=false"]
+    fit = ["fit", "--config", "demo_crisp.yaml", *small]
+    run_here(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
+    cli(*fit, "--data.batch_size=8", *TWO, "--trainer.default_root_dir=two", cwd=tmp_path)
+    curves = []
+    for run in ("one", "two"):
+        rows = read_rows(tmp_path / run / "logs/version_0/metrics.csv")
+        curves.append([float(row["train/loss"]) for row in rows if row["train/loss"]])
+    # 150 samples in steps of 16: the last one has fillers, on the second process alone.
+    assert len(curves[0]) == 10
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    one, two = (json.loads((tmp_path / run / "selection.json").read_text(encoding="utf-8")) for run in ("one", "two"))
+    assert [f["index"] for f in one["features"]] == [f["index"] for f in two["features"]]
