@@ -1,7 +1,7 @@
-"""Rank-one edits of the matrices that write to the residual stream, as hooks and as weights."""
+"""Rank-one edits of the matrices that write to the residual stream, tried as hooks on their outputs."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.decoding.branches import Run
-from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.writers import Writer, mean_share, writers
 
 FORMS = ("row_mean", "projection")
@@ -180,105 +178,3 @@ def _add(writer: Writer, form: str, placed: _Placed, _module: nn.Module, _args: 
     written = writer.written(output).float()
     size = written.mean(-1, keepdim=True) if form == "row_mean" else (written * directions).sum(-1, keepdim=True)
     return (output.float() + factors * size * directions).to(output.dtype)
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """An edit and the model that it belongs to.
-
-    Attributes:
-        edit: The edit.
-        model: Name of the model that it was made for.
-        before: Fingerprint of that model.
-        after: Fingerprint of the edited one.
-        alphas: The factor of each writing matrix, by name.
-    """
-
-    edit: Edit
-    model: str
-    before: str
-    after: str
-    alphas: Mapping[str, float]
-
-    @classmethod
-    def of(cls, edit: Edit, llm: Any) -> Self:
-        """The record of an edit of a language model, which is left as it is."""
-        alphas = {writer.name: edit.alpha(writer.matrix) for writer in writers(llm.model)}
-        with EditedWeights(llm.model, edit).applied():
-            after = fingerprint(llm.model)
-        return cls(edit, llm.name, llm.identity["fingerprint"], after, alphas)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values and a tensor, for a checkpoint."""
-        return {**vars(self), "edit": vars(self.edit), "alphas": dict(self.alphas)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`as_dict`.
-
-        Raises:
-            ValueError: The edit cannot be one.
-        """
-        edit = Edit(**plain["edit"])
-        if edit.direction.ndim != 1 or not edit.direction.isfinite().all() or edit.form not in FORMS:
-            raise ValueError("its edit has no usable direction or form")
-        return cls(**{**plain, "edit": edit})
-
-    def apply(self, llm: Any) -> "EditedWeights":
-        """Edit a language model for good; the result can undo it, bit for bit.
-
-        Raises:
-            UserError: It is another model, or has been edited already.
-        """
-        found = fingerprint(llm.model)
-        if found == self.after and self.after != self.before:
-            raise UserError(f"{llm.name} has this edit already. Apply it once.")
-        if found != self.before:
-            raise UserError(
-                f"the edit was made for {self.model}, but {llm.name} has other weights. Use the model that it was "
-                "made for."
-            )
-        weights = EditedWeights(llm.model, self.edit)
-        weights.apply()
-        llm.__dict__.pop("identity", None)
-        return weights
-
-
-class EditedWeights:
-    """The weights of an edited model, beside those that they replace.
-
-    Both are kept, so that changing from one to the other copies nothing and is exact; that takes as much memory as the
-    writing matrices once more.
-
-    Args:
-        model: The language model.
-        edit: The edit.
-    """
-
-    def __init__(self, model: Any, edit: Edit) -> None:
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
-        for writer in writers(model):
-            weight = writer.module.weight
-            changed = writer.matrix.float() + edit.change(writer.matrix)
-            other = changed if writer.matrix is weight else changed.T.contiguous()
-            self._pairs.append((weight, other.to(weight.dtype)))
-
-    def apply(self) -> None:
-        """Put the edited weights in place; the same call puts the others back."""
-        self._pairs = [(weight, _swapped(weight, other)) for weight, other in self._pairs]
-
-    undo = apply
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Edited within the context."""
-        self.apply()
-        try:
-            yield
-        finally:
-            self.undo()
-
-
-def _swapped(weight: nn.Parameter, other: Tensor) -> Tensor:
-    before, weight.data = weight.data, other
-    return before

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,22 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
-from corrsteer_pl.files import write_atomically, write_json
-from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, EditedWeights, EditRecord, warn_of_centred
+from corrsteer_pl.interventions.edited import EditedWeights, EditRecord, remove_record
+from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulate import MergedSums
 from corrsteer_pl.methods.answering import Generating
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.calibration import Budget, divergences, losses
+from corrsteer_pl.methods.directions import (
+    COMPLY,
+    REFUSE,
+    best_of_each,
+    common_ending,
+    grid,
+    preference,
+    require_both,
+)
 from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.methods.provenance import damaged
 from corrsteer_pl.methods.selecting import Selecting
@@ -30,8 +39,6 @@ from corrsteer_pl.selection import Feature, Selection, Strength, measured
 from corrsteer_pl.stats import ClassMeans
 from corrsteer_pl.tasks import Example
 
-# What the gold answers of requests are called.
-REFUSE, COMPLY = "refuse", "comply"
 # Later blocks than this share of the depth give no direction: they are about the next token.
 EARLY = 0.8
 # Prompts that are compared to see which tokens come after the instruction.
@@ -52,20 +59,6 @@ class RosiInspection(Inspection):
         """The unchanged model and the grid of directions and strengths."""
         h = self.method.hparams
         return 1 + h["topm"] * len(h["strengths"] or STRENGTHS)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """An edit that was tried in validation.
-
-    Attributes:
-        feature: Its direction, as a candidate whose index is the position from the end, and whose coefficient is the
-            strength.
-        edit: The edit.
-    """
-
-    feature: Feature
-    edit: Edit
 
 
 class Rosi(Selecting):
@@ -215,33 +208,16 @@ class Rosi(Selecting):
         if not self.counted or not self.sums.merged:
             raise self.unfitted()
         self.sums.merge()
-        self._tried = self._grid() if (self.means.n > 0).all() else []
+        h = self.hparams
+        strengths = h["strengths"] or STRENGTHS
+        seen_both = bool((self.means.n > 0).all())
+        self._tried = grid(self.means, self.layers, strengths, h["topm"], h["form"]) if seen_both else []
         return EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
 
     @property
     def means(self) -> ClassMeans:
         """The merged sums."""
         return self.sums.merged["means"]
-
-    def _grid(self) -> list[Tried]:
-        separation, differences = self.means.separation, self.means.difference
-        positions = separation.shape[1]
-        order = separation.flatten().argsort(descending=True, stable=True)[: self.hparams["topm"]].tolist()
-        grid = []
-        for place in order:
-            at = divmod(place, positions)
-            direction = torch.nn.functional.normalize(differences[at], dim=0)
-            harmless, harmful = (self.means.means[:, at[0], at[1]] @ direction).tolist()
-            direction = direction.float().cpu()
-            for strength in sorted(self.hparams["strengths"] or STRENGTHS):
-                feature = Feature(
-                    layer=self.layers[at[0]], site=str(Site(self.layers[at[0]], "resid_post")),
-                    index=positions - at[1], sign="positive", coefficient=float(strength), correlation=None,
-                    score=separation[at].item(), active_right=1.0, active_wrong=1.0, mean_right=harmful,
-                    mean_wrong=harmless,
-                )  # fmt: skip
-                grid.append(Tried(feature, Edit(direction, float(strength), self.hparams["form"])))
-        return grid
 
     def conclude(self, rewards: Tensor) -> None:
         """Choose the edit with the best reward within the budget; of equal ones the weakest."""
@@ -253,7 +229,7 @@ class Rosi(Selecting):
         costs = self._costs(rewards)
         baseline = rewards[0].mean().item()
         allowed = [i for i in range(len(features)) if self._allows(costs[i + 1])]
-        best = min(allowed, key=lambda i: _preference(features[i]), default=None)
+        best = min(allowed, key=lambda i: preference(features[i]), default=None)
         if best is not None and (features[best].validation_reward or 0.0) <= baseline:
             best = None
         self.record = None if best is None else EditRecord.of(self._tried[best].edit, self.llm)
@@ -294,7 +270,7 @@ class Rosi(Selecting):
     ) -> Selection:
         """What was chosen; the strongest edit of each direction within the budget is a candidate, all are ranked."""
         allowed = [f for f, cost in zip(features, costs[1:], strict=True) if self._allows(cost)]
-        shown = best or min(features, key=_preference)
+        shown = best or min(features, key=preference)
         curve = [cost for f, cost in zip(features, costs[1:], strict=True) if f.name == shown.name]
         return Selection(
             rule="global",
@@ -302,7 +278,7 @@ class Rosi(Selecting):
             joint_reward=baseline if best is None else best.validation_reward,
             scale=0.0 if best is None else best.coefficient,
             strengths=(costs[0], *curve),
-            candidates=tuple(_best_of_each(features, allowed)),
+            candidates=tuple(best_of_each(features, allowed)),
             ranking=tuple(features),
             baseline_reward=baseline,
             samples=self.counted,
@@ -370,72 +346,10 @@ class Rosi(Selecting):
     def write(self, folder: Path) -> None:
         """``selection.json``, and the edit as ``edit.json`` with ``edit.safetensors``, which has the direction."""
         super().write(folder)
-        write_edit(folder, self.record)
-
-
-def write_edit(folder: Path, record: EditRecord | None) -> None:
-    """Write an edit record, or remove that of an earlier fit if none was chosen."""
-    from safetensors.torch import save
-
-    if record is None:
-        for name in ("edit.json", "edit.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-        return
-    plain = record.as_dict()
-    direction = plain["edit"] = dict(plain["edit"])
-    write_atomically(
-        folder / "edit.safetensors", lambda file: file.write_bytes(save({"direction": direction.pop("direction")}))
-    )
-    write_json(folder / "edit.json", plain)
-
-
-def require_both(examples: Sequence[Example], split: str) -> None:
-    """Refuse requests of one kind.
-
-    Raises:
-        UserError: There are no harmful ones, no harmless ones, or samples that are no requests.
-    """
-    kinds = {example.gold for example in examples}
-    if other := sorted(kinds - {REFUSE, COMPLY}):
-        raise UserError(
-            f"rosi needs harmful and harmless requests, but a gold answer of the {split} split is {other[0]!r}. Set "
-            f"data.task to one whose answers are {choices([REFUSE, COMPLY])}, such as refusal or xstest."
-        )
-    for kind, name in ((REFUSE, "harmful"), (COMPLY, "harmless")):
-        if kind not in kinds:
-            raise UserError(
-                f"rosi needs harmful and harmless requests, but the {split} split has no {name} one. Add some, or "
-                "take more samples."
-            )
-
-
-def common_ending(prompts: Sequence[Sequence[int]]) -> int:
-    """How many of their last tokens all prompts share: those after the instruction.
-
-    Example:
-        >>> common_ending([[1, 7, 8, 9], [1, 5, 8, 9]])
-        2
-    """
-    length = 0
-    for tokens in zip(*(reversed(prompt) for prompt in prompts), strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
-
-
-def _best_of_each(features: Sequence[Feature], allowed: Sequence[Feature]) -> list[Feature]:
-    """For each direction its best edit within the budget, or its weakest if there is none; the best direction first."""
-    found = {}
-    for name in dict.fromkeys(f.name for f in features):
-        mine = [f for f in features if f.name == name]
-        within = [f for f in mine if f in allowed]
-        found[name] = min(within, key=_preference) if within else min(mine, key=lambda f: f.coefficient)
-    return sorted(found.values(), key=_preference)
-
-
-def _preference(feature: Feature) -> tuple[float, float, float]:
-    return (-(feature.validation_reward or 0.0), feature.coefficient, -feature.score)
+        if self.record is not None:
+            self.record.write(folder)
+        else:
+            remove_record(folder)
 
 
 def _check_values(h: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs, EditedWeights, EditRecord, unit, warn_of_centred
+from corrsteer_pl.interventions.edited import EditedWeights, EditRecord
+from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs, unit, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.llm import positions_of
