@@ -43,7 +43,7 @@ def run(args: list[str]) -> int:
     Raises:
         UserError: A mistake of the user.
     """
-    return guarded(_compare, args)
+    return guarded(_compare, args, "finished cells are kept, and the same command goes on")
 
 
 def _compare(args: list[str], given: dict[str, Any]) -> None:

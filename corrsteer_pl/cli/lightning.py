@@ -49,8 +49,13 @@ def run_stage(args: list[str]) -> int:
     return guarded(_diagnose if args[0] == "doctor" else run_once, args)
 
 
-def guarded(run: Callable[[list[str], dict[str, Any]], object], args: list[str]) -> int:
+def guarded(run: Callable[[list[str], dict[str, Any]], object], args: list[str], onwards: str | None = None) -> int:
     """Run what takes arguments, and what they say, with an exit status for whatever may end it.
+
+    Args:
+        run: What is run.
+        args: The command and its arguments.
+        onwards: How to go on after an interruption; None for that of a fit.
 
     Raises:
         UserError: A mistake of the user.
@@ -71,23 +76,24 @@ def guarded(run: Callable[[list[str], dict[str, Any]], object], args: list[str])
         raise UserError(one_line(error)) from error
     except SIGTERMException:
         # Lightning ends with status 0, which a job scheduler takes for success.
-        return _stopped(signal.SIGTERM, given)
+        return _stopped(signal.SIGTERM, given, onwards)
     except KeyboardInterrupt:
-        return _stopped(signal.SIGINT, given)
+        return _stopped(signal.SIGINT, given, onwards)
     except SystemExit as end:
         # Lightning turns Ctrl-C into SystemExit.
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        return _stopped(signal.SIGINT, given)
+        return _stopped(signal.SIGINT, given, onwards)
     return 0
 
 
-def _stopped(how: signal.Signals, given: dict[str, Any]) -> int:
+def _stopped(how: signal.Signals, given: dict[str, Any], onwards: str | None) -> int:
     if how is signal.SIGTERM and is_told():
         # Lightning's launcher sends SIGTERM to all processes when one has failed.
         return 2
-    saved = (run_folder(given) / LAST).is_file()
-    onwards = "a fit goes on from its last checkpoint with --ckpt_path last" if saved else "nothing has been saved yet"
+    if onwards is None:
+        saved = (run_folder(given) / LAST).is_file()
+        onwards = "a fit goes on from its last checkpoint with --ckpt_path last" if saved else "nothing has been saved"
     tell(f"stopped by {how.name}; {onwards}")
     return 128 + how
 

@@ -3,7 +3,11 @@
 import csv
 import json
 import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +64,7 @@ def test_the_table_is_that_of_the_outcomes(compared):
         assert [row["system"] for row in csv.DictReader(file)] == [line["system"] for line in table]
     text = (out / "table.md").read_text(encoding="utf-8")
     assert "- rosi: rosi needs harmful and harmless requests" in text
-    assert "--methods corrsteer_global contrastive,few_shot rosi --seeds 2" in text or "python -m corrsteer_pl" in text
+    assert "by `python -m corrsteer_pl" in text
     assert (out / "table.svg").read_text(encoding="utf-8").lstrip().startswith("<")
 
 
@@ -137,3 +141,32 @@ def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys
     (tmp_path / "bad.yaml").write_text("mine: {lr: 1}\n", encoding="utf-8")
     assert main(["compare", *args]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_keeps_its_cells_and_goes_on(tmp_path, monkeypatch):
+    args = ["compare", "--config", "demo.yaml", "--methods", "contrastive", "few_shot", "raw", "--seeds=1", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "corrsteer_pl", *args], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Whatever runs in the background of a shell ignores it, these tests perhaps, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    cells = tmp_path / "checkpoints/compare/cells/demo"
+    deadline = time.monotonic() + 120
+    while not (cells / "contrastive-0/cell.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "finished cells are kept, and the same command goes on" in error
+    assert "Traceback" not in error
+    assert not list(cells.glob("*/.lock"))
+    before = (cells / "contrastive-0/cell.json").stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 0
+    assert (cells / "contrastive-0/cell.json").stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "checkpoints/compare/table.json").read_text(encoding="utf-8"))["lines"]
+    assert {line["system"] for line in table} == {"contrastive", "few_shot", "raw"}
