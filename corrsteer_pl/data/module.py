@@ -106,8 +106,10 @@ class TaskDataModule(LightningDataModule):
         check_options(TaskDataModule, given, "data")
         # A checkpoint may be tested from another folder.
         self.hparams["path"] = path = None if path is None else absolute(path)
-        if fit_on and isinstance(fit_on.get("path"), str):
-            self.hparams["fit_on"] = fit_on = {**fit_on, "path": absolute(fit_on["path"])}
+        if fit_on and isinstance(fit_on.get("path"), (str, list)):
+            named = fit_on["path"]
+            paths = absolute(named) if isinstance(named, str) else [absolute(str(path)) for path in named]
+            self.hparams["fit_on"] = fit_on = {**fit_on, "path": paths}
         self.rows = TaskData(
             task, path, task_args, subset, filter, train_split, val_split, test_split, revision, balance
         )

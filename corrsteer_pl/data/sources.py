@@ -25,12 +25,21 @@ class RowSource:
         subsets: Named configurations to read one after the other; none for all local files, or the Hub's only one.
         named: Whether the user named the subsets, which then have to exist.
         revision: Branch, tag or commit of a data set on the Hub; None for its newest.
+        is_one_of_several: Whether rows are to say in a column ``source`` where they are from.
 
     Raises:
         UserError: There is nothing at the path, or it has no such subset or no revisions.
     """
 
-    def __init__(self, path: str, subsets: Sequence[str] = (), named: bool = True, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        subsets: Sequence[str] = (),
+        named: bool = True,
+        revision: str | None = None,
+        is_one_of_several: bool = False,
+    ) -> None:
+        self.is_one_of_several = is_one_of_several
         self.path, self.subsets, self.revision = path, tuple(subsets), revision
         self.local = Path(path) if exists(path) else None
         if self.local is not None:
@@ -95,6 +104,12 @@ class RowSource:
         Raises:
             UserError: There is no such split, or it cannot be read.
         """
+        rows = self._rows(split)
+        if not self.is_one_of_several:
+            return rows
+        return [(f"{self.path}:{id}", {"source": self.path, **row}) for id, row in rows]
+
+    def _rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
         if self.local is None:
             return [row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)]
         if not (files := self._files(split)):

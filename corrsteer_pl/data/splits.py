@@ -22,9 +22,11 @@ class TaskData:
 
     Args:
         task: Name or import path of the task.
-        path: File, folder or Hub id; None for the task's own data.
+        path: File, folder or Hub id; None for the task's own data. For :meth:`whole` also several, which are read one
+            after the other; their rows say in a column ``source`` where they are from.
         task_args: Options of the task.
-        subset: Named configuration, or several; None for the task's own with the task's own data.
+        subset: Named configuration, or several; None for the task's own with the task's own data. With several paths
+            one for each, or null.
         filter: Columns with the values that are kept.
         train_split: Which split is fitted on; None for the task's own.
         val_split: The same for validation.
@@ -39,9 +41,9 @@ class TaskData:
     def __init__(
         self,
         task: str,
-        path: str | None = None,
+        path: str | list[str] | None = None,
         task_args: dict[str, Any] | None = None,
-        subset: str | list[str] | None = None,
+        subset: str | Sequence[str | None] | None = None,
         filter: dict[str, Any] | None = None,
         train_split: str | None = None,
         val_split: str | None = None,
@@ -98,15 +100,17 @@ class TaskData:
     def _source(self, needed: Collection[Split]) -> RowSource:
         """Where the rows are. Checks that a single file is not asked for splits of other names."""
         path = self.task.source.path if self.path is None else self.path
+        if isinstance(path, list):
+            raise UserError("several paths serve a fit alone, in data.fit_on. Give data.path one.")
         if path is None:
             raise UserError(
                 f"the task {self.name} needs data. Set data.path to a file, a folder, or the id of a data set on the "
                 "Hugging Face Hub."
             )
         own = self.task.source.subsets if path == self.task.source.path or exists(path) else ()
-        subsets = [self.subset] if isinstance(self.subset, str) else self.subset
-        named = subsets is not None
-        source = RowSource(path, own if subsets is None else subsets, named, self.revision)
+        subsets = [self.subset] if isinstance(self.subset, str) else [s for s in self.subset or () if s is not None]
+        named = self.subset is not None
+        source = RowSource(path, subsets if named else own, named, self.revision)
         for split in needed:
             name = self._named[split]
             if source.only_names and name not in (None, *source.only_names):
@@ -122,7 +126,26 @@ class TaskData:
         Raises:
             UserError: The split does not exist, or a row cannot be used.
         """
-        return self._carve(self._made(self._source([split]), self.names[split]), [split], seed)[split]
+        sources = self._sources() if isinstance(self.path, list) else [self._source([split])]
+        rows = [row for source in sources for row in self._made(source, self.names[split])]
+        return self._carve(rows, [split], seed)[split]
+
+    def _sources(self) -> list[RowSource]:
+        """Several data sets."""
+        paths = self.path if isinstance(self.path, list) else []
+        subset = self.subset
+        subsets = [subset] * len(paths) if subset is None or isinstance(subset, str) else list(subset)
+        if not paths or len(subsets) != len(paths):
+            raise UserError(
+                f"data.fit_on.path names {len(paths)} data sets and data.fit_on.subset {len(subsets)}. Give one subset "
+                "for each, or null where there is only one."
+            )
+        return [
+            RowSource(
+                path, () if subset is None else (subset,), subset is not None, self.revision, is_one_of_several=True
+            )
+            for path, subset in zip(paths, subsets, strict=True)
+        ]
 
     def _made(self, source: RowSource, name: str) -> list[list[Example]]:
         """The samples of each row that the filter and the balance keep."""

@@ -281,3 +281,18 @@ def test_a_system_prompt_stands_first_in_the_chat_and_nowhere_else(llm):
     for chat, model, why in ((None, llm, "demo has no chat template"), (False, chatty, "data.chat_template is false")):
         with pytest.raises(UserError, match=f"data.system_prompt is set, but {why}"):
             TaskDataModule(system_prompt="Be short.", chat_template=chat).uses_chat(model)
+
+
+def test_a_fit_may_read_several_data_sets_that_tell_themselves_apart(tmp_path):
+    for name, count in (("hazard", 12), ("garden", 9)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "id": i} for i in range(count)])
+    paths = [str(tmp_path / "hazard.jsonl"), str(tmp_path / "garden.jsonl")]
+    texts = {"task": "text_classification", "path": paths, "task_args": {"label": "source", "positive": paths[:1]}}
+    data = TaskDataModule("demo_qa", fit_on=texts, train_size=100, val_size=4)
+    data.setup("fit")
+    found = [(example.gold, example.prompt.split()[0]) for example in data.examples["train"]]
+    assert sorted(found) == [("negative", "garden")] * 9 + [("positive", "hazard")] * 12
+    assert len({example.id for example in data.examples["train"]}) == 21
+    uneven = TaskDataModule("demo_qa", fit_on={**texts, "subset": ["one"]}, train_size=100, val_size=4)
+    with pytest.raises(UserError, match="data.fit_on.path names 2 data sets and data.fit_on.subset 1"):
+        uneven.setup("fit")

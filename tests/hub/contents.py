@@ -114,13 +114,17 @@ def add_benchmarks(hub: Hub) -> None:
         "truthfulqa/truthful_qa",
         {"multiple_choice": {"validation": truthfulqa_rows(150)}, "generation": {"validation": []}},
     )
-    add_dataset(hub, "cais/wmdp", {"wmdp-cyber": {"test": mmlu_rows(200, "wmdp")}})
+    add_dataset(hub, "cais/wmdp", {f"wmdp-{part}": {"test": mmlu_rows(200, part)} for part in ("bio", "cyber")})
     add_dataset(
         hub,
         "cais/wmdp-corpora",
-        {"cyber-forget-corpus": {"train": corpus_rows(40, "exploit the socket buffer")},
+        {"bio-retain-corpus": {"train": corpus_rows(40, "water the tulips")},
+         "cyber-forget-corpus": {"train": corpus_rows(40, "exploit the socket buffer")},
          "cyber-retain-corpus": {"train": corpus_rows(40, "prune the lavender hedge")}},
     )  # fmt: skip
+    hazards = [{"title": "x", **row} for row in corpus_rows(40, "culture the virus")]
+    add_dataset(hub, "cais/wmdp-bio-forget-corpus", {"default": {"train": hazards}})
+    hub.gated.add("cais/wmdp-bio-forget-corpus")
     add_dataset(hub, "McGill-NLP/stereoset", {"intrasentence": {"validation": stereoset_rows(100)}})
 
 
