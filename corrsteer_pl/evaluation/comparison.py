@@ -207,4 +207,4 @@ def picture(table: Sequence[Line]) -> str:
         )
         for line in table if line.refused is None
     ]  # fmt: skip
-    return figures.points(points, "change of the test reward, points, with 95 % intervals", "unchanged")
+    return figures.alone(figures.points(points, "change of the test reward, points, with 95 % intervals", "unchanged"))

@@ -11,6 +11,8 @@ from zlib import crc32
 
 # Written into the SVG, and then replaced by the page's own colours, which are others in the dark.
 INK, MUTED, ACCENT, ALTERNATIVE = "#010203", "#040506", "#070809", "#0a0b0c"
+# Colours of a figure that stands alone, on white.
+ALONE = {"var(--ink)": "#1d1d1f", "var(--muted)": "#6e6e73", "var(--accent)": "#0b5cad", "var(--second)": "#a14f00"}
 COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", ACCENT: "var(--accent)", ALTERNATIVE: "var(--second)"}
 WIDTH = 7.2  # inches of 72 points
 ABOVE: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0}
@@ -51,6 +53,14 @@ def _styled(draw: Callable[..., str]) -> Callable[..., str]:
             return draw(*args)
 
     return styled
+
+
+def alone(svg: str) -> str:
+    """A figure as a file of its own: with colours, which on a page are the page's, and a white ground."""
+    for name, colour in ALONE.items():
+        svg = svg.replace(name, colour)
+    head, end, rest = svg.partition(">")
+    return f'{head}{end}<rect width="100%" height="100%" fill="white"/>{rest}'
 
 
 @_styled
