@@ -175,7 +175,7 @@ def test_numbers_and_lists_are_told_apart():
     [
         (
             ["fitt"],
-            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, doctor, report, ",
+            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, compare, ",
         ),
         (["fit", "--config", "x" * 300], "was found neither as given nor in configs/"),
         (["fit", "--config", "demo.yaml", "--data.path", "x" * 300], "which does not exist"),
