@@ -76,6 +76,7 @@ def mean_share(matrix: Tensor) -> float:
     ``1 / sqrt(d_model)`` for a random one, 0 for one whose output is centred.
 
     Example:
+        >>> import torch
         >>> round(mean_share(torch.ones(4, 2)), 6), mean_share(torch.tensor([[1.], [-1.]]))
         (1.0, 0.0)
     """

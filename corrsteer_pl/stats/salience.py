@@ -32,7 +32,7 @@ class Salience(Sums):
     Example:
         >>> salience = Salience(2)
         >>> salience.update(torch.tensor([[4., 1.], [2., 1.], [0., 1.]]), torch.tensor([True, True, False]))
-        >>> salience.difference().tolist(), salience.ratio()[1].item()
+        >>> salience.difference().tolist(), round(salience.ratio()[1].item(), 6)
         ([1.0, 0.0], 1.0)
     """
 

@@ -175,7 +175,8 @@ def test_numbers_and_lists_are_told_apart():
     [
         (
             ["fitt"],
-            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, compare, ",
+            "the command 'fitt' is not known; choose one of fit, validate, test, predict, transfer, compare, doctor, "
+            "report, ",
         ),
         (["fit", "--config", "x" * 300], "was found neither as given nor in configs/"),
         (["fit", "--config", "demo.yaml", "--data.path", "x" * 300], "which does not exist"),

@@ -77,6 +77,6 @@ def test_a_fit_by_another_score_says_so(tmp_path):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", score="pearson")
     with pytest.raises(
         UserError,
-        match="model.score is 'nix'; choose one of pearson, mutual_information",
+        match="model.score is 'nix'; choose one of pearson, mutual_information, fisher, mean_difference, auroc",
     ):
         CorrSteer("demo", "demo", score="nix")

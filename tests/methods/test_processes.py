@@ -135,6 +135,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
 @pytest.mark.parametrize(
     ("how", "delay", "before", "after"),
     [
+        (signal.SIGKILL, 0.0, [], []),
         (signal.SIGTERM, 0.3, [], []),
         (signal.SIGINT, 0.3, [], []),
         (signal.SIGKILL, 0.2, TWO, []),
@@ -142,6 +143,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
         (signal.SIGTERM, 0.3, [], ["--data.batch_size", "5"]),
     ],
     ids=[
+        "kill",
         "term",
         "interrupt",
         "kill two, resume on one",
@@ -246,7 +248,7 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
     rows = [{**row, "prompt": f"{row['prompt']} {i}", "id": i} for i, row in enumerate(requests * 5)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     peaks = []
-    for size in (300, 1500):
+    for size in (500, 2500):
         options = [
             "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
             f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
@@ -256,16 +258,16 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split("PEAK")[1]))
-    # The rows themselves take a few MB; activations of 1,200 samples more would take 10 MB per layer.
+    # The rows themselves take a few MB; activations of 2,000 samples more would take 16 MB per layer.
     assert peaks[1] < peaks[0] * 1.02
 
 
 @pytest.mark.slow
 def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
-    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=5"]
+    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 2
+    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 3
     run = tmp_path / "checkpoints/demo"
     assert read_checkpoint(run / "last.ckpt")["corrsteer_pl"]["counted"] == 101
     assert sorted(path.name for path in run.iterdir()) == [

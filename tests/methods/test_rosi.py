@@ -199,7 +199,9 @@ def test_a_report_tells_of_an_edit(run):
     folder, *_ = run
     report_on([folder])
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "separation" in page or "strength" in page
+    assert "Editing the weights of demo along a direction raises the reward" in page
+    assert "separation of the classes" in page
+    assert "strength, % of the weights" in page
 
 
 def test_the_command_line_knows_it(tmp_path, capsys, monkeypatch):
