@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from corrsteer_pl.errors import UserError, choices, one_line
@@ -65,6 +67,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary folder beside ``folder``, then put it in its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        write(new)
+        rmtree(folder, ignore_errors=True)
+        new.rename(folder)
 
 
 def write_utf8(path: Path, text: str) -> None:

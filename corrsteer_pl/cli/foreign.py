@@ -4,13 +4,13 @@ import atexit
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
 
-from corrsteer_pl.cli.arguments import given_method, read_config, replace_values
+from corrsteer_pl.cli.arguments import STAGES, given_method, read_config, replace_values
 from corrsteer_pl.cli.options import groups
 from corrsteer_pl.errors import choices
 from corrsteer_pl.methods.registry import METHODS
@@ -21,16 +21,14 @@ def without_foreign_options(args: Sequence[str]) -> list[str]:
 
     So one configuration of a task serves all methods. A file is replaced by a copy of its name.
     """
-    method = given_method(args)
-    known = {name: _model_options(name) for name in METHODS}
-    if None in (known.get(method), *known.values()):
+    if args[0] not in (*STAGES, "doctor"):
         return list(args)
-    foreign = set().union(*(some or () for some in known.values())) - (known[method] or set())
+    method = given_method(args)
 
     def cleaned(path: str) -> str:
         settings = {} if path.startswith("{") else read_config(path)
         model = settings.get("model")
-        if not isinstance(model, dict) or not (left_out := sorted(foreign & set(model))):
+        if not isinstance(model, dict) or not (left_out := _foreign(method, model)):
             return path
         copy = Path(_scratch()) / Path(path).name
         kept = {name: value for name, value in model.items() if name not in left_out}
@@ -44,6 +42,13 @@ def without_foreign_options(args: Sequence[str]) -> list[str]:
         return str(copy)
 
     return replace_values(args, ("--config", "-c"), cleaned)
+
+
+def _foreign(method: str, options: Iterable[str]) -> list[str]:
+    """Those of some options that a method lacks and another has."""
+    own = _model_options(method) if method in METHODS else None
+    unknown = [] if own is None else sorted(set(options) - own)
+    return [option for option in unknown if any(option in (_model_options(other) or ()) for other in METHODS)]
 
 
 @cache

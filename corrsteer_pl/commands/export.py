@@ -1,12 +1,10 @@
 """Write a model that a fit has changed, as Hugging Face models are stored."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import show
-from corrsteer_pl.files import check_writable
+from corrsteer_pl.files import check_writable, write_folder
 from corrsteer_pl.methods.provenance import read_checkpoint, settings_of
 from corrsteer_pl.methods.registry import method_class
 from corrsteer_pl.models.llm import LanguageModel
@@ -27,10 +25,10 @@ def export_model(ckpt_path: Path, out: Path) -> None:
     method.llm = LanguageModel.load(method.llm_name, method.dtype_name, **method.llm_args)
     method.check_parts(record)
     method.merge()
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch) / "model"
+
+    def save(folder: Path) -> None:
         method.llm.model.save_pretrained(folder)
         method.llm.tokenizer.save_pretrained(folder)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
+
+    write_folder(out, save)
     show(f"Written to {out}.")

@@ -5,8 +5,6 @@ Ten minutes or so on two CPU cores: a tokenizer, a language model, an SAE for ea
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from transformers import (
 
 from corrsteer_pl.demo import ROOT
 from corrsteer_pl.demo.corpus import World
+from corrsteer_pl.files import write_folder
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sae_training.train import Recipe, train_saes
 
@@ -41,12 +40,7 @@ def build(out: Path = ROOT, seed: int = 0) -> None:
         out: Folder to write, replaced if it exists.
         seed: Seed of the world, the weights and the order of the texts.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".build-") as scratch:
-        folder = Path(scratch) / "assets"
-        _write(folder, World(seed), seed)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
+    write_folder(out, lambda folder: _write(folder, World(seed), seed))
 
 
 def _write(folder: Path, world: World, seed: int) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Line:
 
     Rewards and differences are in [0, 1]; the interval is that of the mean paired difference over the questions, each
     with its mean over the seeds, and does not contain what another choice of questions for the fit would change; that
-    is what the deviation over seeds says.
+    is what the deviation over seeds says. Measures are the task's own, without the change and with it.
     """
 
     task: str
@@ -101,6 +101,7 @@ class Line:
     seconds: float
     cost: float
     refused: str | None = None
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
@@ -141,8 +142,20 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
         deviation=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
         side_effect_ratio=side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
         elsewhere=statistics.fmean(elsewhere) if elsewhere else None,
+        measures=_measures(metrics),
         size=over("size"), examples=over("examples"), seconds=over("seconds"), cost=over("cost"),
     )  # fmt: skip
+
+
+def _measures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """The task's own measures without and with the change, over the seeds, as far as they are defined in all."""
+    found = {}
+    for name in metrics[0].get("measures", {}):
+        pairs = [tuple(m["measures"][name][which] for which in ("baseline", "steered")) for m in metrics]
+        if None not in (value for pair in pairs for value in pair):
+            before, after = (statistics.fmean(some) for some in zip(*pairs, strict=True))
+            found[name] = before, after
+    return found
 
 
 HEADINGS = (
@@ -161,6 +174,11 @@ def markdown(table: Sequence[Line], note: str) -> str:
         rows = "".join(f"| {' | '.join(_cells(line))} |\n" for line in fitted)
         head = f"**{task}** (unchanged model: {unchanged})\n\n| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|\n"
         refused = "".join(f"- {line.system}: {line.refused}\n" for line in mine if line.refused is not None)
+        measures = "".join(
+            f"- {line.system}: {name} from {before:.3f} to {after:.3f}\n"
+            for line in fitted for name, (before, after) in line.measures.items()
+        )  # fmt: skip
+        rows += f"\nMeasures of the task:\n\n{measures}" if measures else ""
         parts.append(head + rows + (f"\nNot for this task:\n\n{refused}" if refused else ""))
     return "\n".join([*parts, note])
 

@@ -43,6 +43,7 @@ class Run:
         cards: Cards of the selected features, by name.
         tests: Metrics of its finished tests, by name, the latest first.
         stale: Names of tests of another fit in the same folder.
+        method: Name of the method that was fitted.
     """
 
     folder: Path
@@ -52,7 +53,8 @@ class Run:
     snapshots: list[dict[str, Any]]
     cards: dict[str, dict[str, Any]]
     tests: dict[str, dict[str, Any]]
-    stale: tuple[str, ...] = ()
+    stale: tuple[str, ...]
+    method: str
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -69,7 +71,7 @@ class Run:
                 f"checkpoints/demo, or fit first.{there}"
             )
         plain = _json(folder / "selection.json")
-        snapshots = plain.pop("snapshots", [])
+        snapshots, method = plain.pop("snapshots", []), str(plain.pop("method", "corrsteer"))
         try:
             selection = Selection.from_dict(plain)
         except UserError as error:
@@ -82,17 +84,12 @@ class Run:
         stale = tuple(name for name, metrics in tests.items() if metrics.get("fit") != selection.mark)
         current = {name: metrics for name, metrics in tests.items() if name not in stale}
         named = {card["name"]: card for card in cards}
-        return cls(folder, text, yaml.safe_load(text) or {}, selection, snapshots, named, current, stale)
+        return cls(folder, text, yaml.safe_load(text) or {}, selection, snapshots, named, current, stale, method)
 
     @property
     def name(self) -> str:
         """The folder's name."""
         return self.folder.resolve().name
-
-    @property
-    def method(self) -> str:
-        """Name of the method; the default one's where the run does not say."""
-        return str(self.settings.get("method", "corrsteer"))
 
     @property
     def place(self) -> str:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -126,9 +127,8 @@ class EditedOutputs:
     def groups(self, size: int) -> Iterator[Self]:
         """The variants in groups of ``size``, the last filled up with the unchanged model."""
         for start in range(0, len(self), size):
-            group = object.__new__(type(self))
-            chunk = self.edits[start : start + size]
-            group.edits, group._writers = [*chunk, *[None] * (size - len(chunk))], self._writers
+            group, chunk = copy(self), self.edits[start : start + size]
+            group.edits = [*chunk, *[None] * (size - len(chunk))]
             group._factors = {
                 name: nn.functional.pad(factors[start : start + size], (0, size - len(chunk)))
                 for name, factors in self._factors.items()

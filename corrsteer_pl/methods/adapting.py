@@ -1,8 +1,7 @@
 """What methods share that train weights, as an adapter or as a copy of their own."""
 
 import math
-import shutil
-import tempfile
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import percent
+from corrsteer_pl.files import write_folder
 from corrsteer_pl.interventions.adapter import Lora, OwnWeights
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.provenance import damaged
@@ -51,9 +51,9 @@ class Adapting(Selecting):
         self.features: tuple[Feature, ...] = ()
         self.snapshots: list[dict[str, Any]] = []
 
+    @abstractmethod
     def new_adapter(self) -> Lora | OwnWeights:
         """Weights that change nothing yet."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """Make the weights a part of the model."""
@@ -192,13 +192,7 @@ class Adapting(Selecting):
     def write(self, folder: Path) -> None:
         """``selection.json``, and the weights in a folder ``adapter``, each whole or not at all."""
         super().write(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as scratch:
-            new = Path(scratch) / "adapter"
-            new.mkdir()
-            self.own.write(new, self.llm.name)
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
-            new.rename(folder / "adapter")
+        write_folder(folder / "adapter", lambda new: self.own.write(new, self.llm.name))
 
 
 def rate(before: float, after: float) -> float:

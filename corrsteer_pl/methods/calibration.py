@@ -59,13 +59,8 @@ class Budget:
                 raise UserError(f"model.budget.{name} is {value}; it is a number from 0 on.")
         if budget.size < 1:
             raise UserError(f"model.budget.size is {budget.size}; it is a number of prompts, at least 1.")
-        if data and "task" not in data:
-            raise UserError(f"model.budget has {sorted(data)[0]}, but no task. Name the task of its prompts.")
-        if paths := import_paths(data):
-            # A checkpoint keeps a budget, and must not have code imported that its user has not asked for.
-            raise UserError(
-                f"model.budget names {next(iter(paths.values()))}; it takes tasks and rewards of this program."
-            )
+        if data:
+            prompts_of(data, "model.budget")
         if budget.loss is not None and not data:
             raise UserError("model.budget.loss is the fall of another task's reward. Name that task as budget.task.")
         return budget
@@ -84,6 +79,22 @@ class Budget:
         other.trainer = like.trainer
         other.setup("validate")
         return other
+
+
+def prompts_of(data: Mapping[str, Any], option: str) -> Mapping[str, Any]:
+    """Options of the data module for prompts of another task, checked.
+
+    Raises:
+        UserError: One is unknown, there is no task, or code would be imported.
+    """
+    if unknown := sorted(set(data) - set(DATA)):
+        raise UserError(f"{option} has {unknown[0]!r}, which is none of {choices(DATA)}.")
+    if "task" not in data:
+        raise UserError(f"{option} has {sorted(data)[0]}, but no task. Name the task of its prompts.")
+    if paths := import_paths(data):
+        # A checkpoint keeps these options, and must not have code imported that its user has not asked for.
+        raise UserError(f"{option} names {next(iter(paths.values()))}; it takes tasks and rewards of this program.")
+    return data
 
 
 def damage(method: Any, budget: Budget, variants: Intervention) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulate import MergedSums
 from corrsteer_pl.methods.answering import Generating
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.calibration import Budget, divergences, losses
+from corrsteer_pl.methods.calibration import Budget, divergences, losses, prompts_of
 from corrsteer_pl.methods.directions import (
     COMPLY,
     REFUSE,
@@ -130,7 +130,8 @@ class Rosi(Selecting):
         llm = self.llm_name
         self.save_hyperparameters()
         _check_values(self.hparams)
-        self.budget = Budget.of({"kl": 0.0, **harmless}) if harmless else Budget()
+        data = prompts_of(harmless, "model.harmless") if harmless else None
+        self.budget = Budget(max_kl, max_loss, data)
         self._forget({})
 
     def _forget(self, sums: Mapping[str, ClassMeans]) -> None:
@@ -145,6 +146,7 @@ class Rosi(Selecting):
         """See where directions are taken, and set all sums to zero."""
         # Refuses weights that cannot be edited before anything is read.
         writers(self.llm.model)
+        self.llm.require_layers(self.hparams["layers"] or ())
         examples = self.datamodule.examples["train"]
         require_both(examples, "fit")
         if not self.budget.data:
@@ -164,16 +166,8 @@ class Rosi(Selecting):
 
     @property
     def layers(self) -> list[int]:
-        """Blocks after which directions are taken.
-
-        Raises:
-            UserError: The model has no such block.
-        """
+        """Blocks after which directions are taken."""
         depth, named = self.llm.config.num_hidden_layers, self.hparams["layers"]
-        if missing := sorted(set(named or ()) - set(range(depth))):
-            raise UserError(
-                f"layer {missing[0]} is not in {self.llm.name} (layers 0..{depth - 1}). Set model.layers to a subset."
-            )
         return sorted(set(named)) if named else [layer for layer in range(depth) if layer < EARLY * depth]
 
     def _prompt(self, example: Example) -> list[int]:
@@ -212,7 +206,8 @@ class Rosi(Selecting):
         strengths = h["strengths"] or STRENGTHS
         seen_both = bool((self.means.n > 0).all())
         self._tried = grid(self.means, self.layers, strengths, h["topm"], h["form"]) if seen_both else []
-        return EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
+        self._variants = EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
+        return self._variants
 
     @property
     def means(self) -> ClassMeans:
@@ -228,7 +223,7 @@ class Rosi(Selecting):
         features = measured([tried.feature for tried in self._tried], rewards)
         costs = self._costs(rewards)
         baseline = rewards[0].mean().item()
-        allowed = [i for i in range(len(features)) if self._allows(costs[i + 1])]
+        allowed = [i for i in range(len(features)) if self.budget.allows(costs[i + 1])]
         best = min(allowed, key=lambda i: preference(features[i]), default=None)
         if best is not None and (features[best].validation_reward or 0.0) <= baseline:
             best = None
@@ -236,21 +231,20 @@ class Rosi(Selecting):
         chosen = None if best is None else features[best]
         self.selection = self._described(features, costs, chosen, baseline).marked()
         self.take_snapshot(baseline, baseline if chosen is None else chosen.validation_reward or 0.0)
-        del self._tried
+        del self._tried, self._variants
 
     def _costs(self, rewards: Tensor) -> list[Strength]:
         """Of each variant what it reaches, and what it costs on harmless requests."""
         data = self.budget.prompts(self.datamodule)
-        variants = EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
         decoder = Decoder(self.llm, data.task.max_new_tokens, None, self.candidate_batch_size)
-        kl = divergences(decoder, self._harmless(data), variants)
+        kl = divergences(decoder, self._harmless(data), self._variants)
         if data is self.datamodule:
             kept = torch.tensor([example.gold == COMPLY for example in data.examples["validation"]])
             harmless = rewards[:, kept].mean(1)
             loss = (harmless[0] - harmless).tolist()
         else:
             data.task.load(str(self.device))
-            loss = losses(Generating(decoder, data.task), self._harmless(data), variants)
+            loss = losses(Generating(decoder, data.task), self._harmless(data), self._variants)
         sizes = [0.0, *(tried.edit.strength for tried in self._tried)]
         found = zip(sizes, rewards.mean(1).tolist(), kl, loss, strict=True)
         return [Strength(scale, reward, kl=divergence, loss=fall) for scale, reward, divergence, fall in found]
@@ -261,15 +255,11 @@ class Rosi(Selecting):
             kept = torch.tensor([float(example.gold == COMPLY) for example in batch.examples])
             yield replace(batch, weight=batch.weight * kept).to(self.device)
 
-    def _allows(self, cost: Strength) -> bool:
-        limits = (self.hparams["max_kl"], cost.kl), (self.hparams["max_loss"], cost.loss)
-        return all(limit is None or (found is not None and found <= limit) for limit, found in limits)
-
     def _described(
         self, features: Sequence[Feature], costs: Sequence[Strength], best: Feature | None, baseline: float
     ) -> Selection:
         """What was chosen; the strongest edit of each direction within the budget is a candidate, all are ranked."""
-        allowed = [f for f, cost in zip(features, costs[1:], strict=True) if self._allows(cost)]
+        allowed = [f for f, cost in zip(features, costs[1:], strict=True) if self.budget.allows(cost)]
         shown = best or min(features, key=preference)
         curve = [cost for f, cost in zip(features, costs[1:], strict=True) if f.name == shown.name]
         return Selection(

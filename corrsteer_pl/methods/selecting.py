@@ -59,7 +59,8 @@ class Selecting(Method):
 
     def write(self, folder: Path) -> None:
         """``selection.json``."""
-        write_json(folder / "selection.json", {**self.chosen().as_dict(), "snapshots": self.snapshots})
+        told = {"method": self.name, **self.chosen().as_dict(), "snapshots": self.snapshots}
+        write_json(folder / "selection.json", told)
 
     def tables(self) -> list[Table]:
         """The tested candidates."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 
@@ -52,11 +51,7 @@ def coordinates(llm: LanguageModel, layers: Sequence[int] | None, site: str) -> 
     Raises:
         UserError: The model has no such block.
     """
-    depth = llm.config.num_hidden_layers
-    if missing := sorted(set(layers or ()) - set(range(depth))):
-        raise UserError(
-            f"layer {missing[0]} is not in {llm.name} (layers 0..{depth - 1}). Set model.layers to a subset of it."
-        )
+    llm.require_layers(layers or ())
     kind = "resid_post" if site == "declared" else site
-    wanted = range(depth) if layers is None else sorted(set(layers))
+    wanted = range(llm.config.num_hidden_layers) if layers is None else sorted(set(layers))
     return {layer: Coordinates(Site(layer, kind), llm.config.hidden_size) for layer in wanted}

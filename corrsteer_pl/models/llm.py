@@ -148,6 +148,18 @@ class LanguageModel:
         """The configuration of the text decoder."""
         return self.model.config.get_text_config(decoder=True)
 
+    def require_layers(self, layers: Iterable[int], option: str = "model.layers") -> None:
+        """Refuse blocks that the model has not.
+
+        Raises:
+            UserError: Naming the first, and the option by which it was asked for.
+        """
+        depth = self.config.num_hidden_layers
+        if missing := sorted(layer for layer in layers if not 0 <= layer < depth):
+            raise UserError(
+                f"layer {missing[0]} is not in {self.name} (layers 0..{depth - 1}). Set {option} to a subset of it."
+            )
+
     @property
     def device(self) -> torch.device:
         """Where input ids go."""

@@ -90,10 +90,7 @@ def load_saes(
             stacklevel=2,
         )
         wanted = [layer for layer in wanted if layer < depth]
-    if outside := [layer for layer in wanted if not 0 <= layer < depth]:
-        raise UserError(
-            f"layer {outside[0]} is not in {llm.name} (layers 0..{depth - 1}). Set model.layers to a subset of it."
-        )
+    llm.require_layers(wanted)
     if missing := [layer for layer in wanted if layer not in found]:
         raise UserError(
             f"layer {missing[0]} has no SAE in {source} (it has layers {choices(sorted(found))}). "

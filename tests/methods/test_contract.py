@@ -42,7 +42,8 @@ def test_the_registry_names_methods():
     assert METHODS["corrsteer"] == "corrsteer_pl.methods.corrsteer:CorrSteer"
     with pytest.raises(
         UserError,
-        match="the method 'corsteer' is not known; choose one of corrsteer, mean_difference, crisp, finetune, prompting, rosi, bias",
+        match="the method 'corsteer' is not known; choose one of corrsteer, mean_difference, crisp, finetune, "
+        "prompting, rosi, bias",
     ):
         method_class("corsteer")
 
