@@ -51,6 +51,8 @@ def _compare(args: list[str], given: dict[str, Any]) -> None:
     elsewhere, others = split_options(others, ("--elsewhere",))
     names, others = _split_lists(others, "--methods")
     _, others = split_options(others, OPTIONS)
+    if any(argument.partition("=")[0] == "--method" for argument in others):
+        raise UserError("compare takes several methods. Name systems with --methods.")
     if not configs:
         raise UserError("compare needs tasks. Name the configuration of each: --config demo.yaml.")
     systems = _chosen(names, {**SYSTEMS, **dict(_more(given.get("systems")))})

@@ -21,7 +21,8 @@ def without_foreign_options(args: Sequence[str]) -> list[str]:
 
     So one configuration of a task serves all methods. A file is replaced by a copy of its name.
     """
-    if args[0] not in (*STAGES, "doctor"):
+    # A comparison has many methods, and takes of each configuration what serves each.
+    if args[0] not in (*STAGES, "doctor") or args[0] == "compare":
         return list(args)
     method = given_method(args)
 

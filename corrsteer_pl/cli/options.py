@@ -66,6 +66,30 @@ def groups(command: str, method: str) -> dict[str, Group]:
     """The options of a command by the prefix of their names; "" has no prefix."""
     if command in FUNCTIONS:
         return {"": Group("options", _options(FUNCTIONS[command], ""))}
+    return {
+        "": Group("general", tuple(_general(command, method))),
+        "model": _of_all()
+        if command == "compare"
+        else Group(f"the method {method}, and its language model", _options(method_path(method), "model.")),
+        "data": Group("the task and its data", _options(DATA, "data.")),
+        "results": Group("what a run leaves", _options(RESULTS, "results.")),
+        "trainer": Group("Lightning's Trainer", _options(TRAINER, "trainer.")),
+    }
+
+
+def _general(command: str, method: str) -> list[Option]:
+    """The options of a command that have no prefix."""
+    if command == "compare":
+        return [
+            Option("config", "file", None, "Configuration of a task, and of the model."),
+            Option("method", "name", "", "In a configuration: the method that its options of the model are for."),
+            Option("methods", "names", "", "Systems to compare, separated by spaces; all that there are if left out."),
+            Option("seeds", "int", "3", "How many seeds, from 0."),
+            Option("out", "folder", "checkpoints/compare", "Where cells, table and figure are written."),
+            Option("elsewhere", "file", "", "Configuration of a task on which the change may do harm."),
+            Option("systems", "file", "", "YAML file with more systems: for each name a method, and its options."),
+            Option("readme", "file", "", "File into which the table is written, between the marks named after --out."),
+        ]
     general = [
         Option("config", "file", "", "Configuration file, in YAML; several are laid over each other."),
         Option("print_config", "flag", "", "Print the configuration with all defaults, and exit."),
@@ -80,23 +104,13 @@ def groups(command: str, method: str) -> dict[str, Group]:
             Option("text", "file", "", "JSONL, CSV or parquet file with plain text in the column text, for its loss."),
             Option("text_rows", "int", "200", "How many of its rows are read."),
         ]
-    if command == "compare":
-        general = [
-            Option("config", "file", None, "Configuration of a task, and of the model."),
-            Option("methods", "names", "", "Systems to compare, separated by spaces; all that there are if left out."),
-            Option("seeds", "int", "3", "How many seeds, from 0."),
-            Option("out", "folder", "checkpoints/compare", "Where cells, table and figure are written."),
-            Option("elsewhere", "file", "", "Configuration of a task on which the change may do harm."),
-            Option("systems", "file", "", "YAML file with more systems: for each name a method, and its options."),
-            Option("readme", "file", "", "File into which the table is written, between the marks named after --out."),
-        ]
-    return {
-        "": Group("general", tuple(general)),
-        "model": Group(f"the method {method}, and its language model", _options(method_path(method), "model.")),
-        "data": Group("the task and its data", _options(DATA, "data.")),
-        "results": Group("what a run leaves", _options(RESULTS, "results.")),
-        "trainer": Group("Lightning's Trainer", _options(TRAINER, "trainer.")),
-    }
+    return general
+
+
+def _of_all() -> Group:
+    """The options of all methods, each once."""
+    found = {option.name: option for path in METHODS.values() for option in _options(path, "model.") or ()}
+    return Group("the methods, and their language model", tuple(found.values()))
 
 
 def command_help(program: str, command: str, does: str, args: Sequence[str]) -> str:

@@ -133,6 +133,7 @@ def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
     [
         ([], "compare needs tasks. Name the configuration of each"),
         (["--config", "demo.yaml", "--methods", "nix"], "the system 'nix' is not known; choose among corrsteer"),
+        (["--config", "demo.yaml", "--method", "rosi"], "compare takes several methods. Name systems with --methods"),
         (["--config", "demo.yaml", "--seeds", "0"], "--seeds is 0; it is a number of seeds, at least 1"),
         (["--config", "demo.yaml", "--systems", "bad.yaml"], "bad.yaml names no method for mine. Give it one"),
         (["--config", "demo.yaml", "--methds", "raw"], "there is no option methds; the nearest are methods"),
@@ -143,6 +144,23 @@ def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys
     (tmp_path / "bad.yaml").write_text("mine: {lr: 1}\n", encoding="utf-8")
     assert main(["compare", *args]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_configurations_of_several_methods_go_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plans = []
+    monkeypatch.setattr("corrsteer_pl.cli.compare.measure", lambda plan, *_: plans.append(plan) or Cell(
+        plan.task, plan.name, plan.seed, plan.settings, "c", "m", refused="no"
+    ))  # fmt: skip
+    configs = ["--config", "demo.yaml", "--config", "demo_rosi.yaml", "--config", "demo_crisp.yaml"]
+    assert main(["compare", *configs, "--methods", "corrsteer", "rosi", "crisp", "--seeds", "1"]) == 0
+    models = {(plan.task, plan.name): plan.config["model"] for plan in plans}
+    assert len(models) == 9
+    # A configuration's own method has all of its options, others what says which model and which SAEs.
+    assert models["demo_rosi", "rosi"] == {"llm": "demo", "form": "projection"}
+    assert models["demo_rosi", "crisp"] == {"llm": "demo"}
+    assert models["demo_crisp", "crisp"]["k"] == 60
+    assert models["demo_crisp", "corrsteer"] == models["demo", "corrsteer"] == {"llm": "demo", "saes": "demo"}
 
 
 @pytest.mark.slow
