@@ -309,6 +309,12 @@ class TaskDataModule(LightningDataModule):
         system = self.hparams["system_prompt"] if system is None else system
         return llm.prompt_ids(self.turns(example), self.uses_chat(llm), system)
 
+    def option_ids(self, example: Example) -> list[list[int]]:
+        """Tokens of an example's options as they follow its prompt."""
+        llm = self._module.llm
+        space = "" if self.uses_chat(llm) else " "
+        return [llm.following_ids(space + option) for option in example.options]
+
     def collate(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, Tensor]:
         """Input ids and attention mask of examples, both ``(batch, longest)``, padded on the left."""
         return self._module.llm.left_pad([self.token_ids(example, task) for example in examples])
@@ -321,14 +327,16 @@ class TaskDataModule(LightningDataModule):
         Raises:
             UserError: It can answer none, or a prompt is empty.
         """
-        llm, new = self._module.llm, task.max_new_tokens
+        llm = self._module.llm
         context = getattr(llm.config, "max_position_embeddings", None) or 10**9
         pairs = [(example, len(self.token_ids(example, task))) for example in self.examples[split]]
         if empty := [example for example, length in pairs if length == 0]:
             raise UserError(f"the prompt of {empty[0].id} is empty. Remove the row.")
-        fits = [(example, length) for example, length in pairs if length + new - 1 <= context]
-        if too_long := [(example, length) for example, length in pairs if length + new - 1 > context]:
-            example, length = too_long[0]
+        news = [self._new_tokens(example, task) for example, _ in pairs]
+        fits = [pair for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 <= context]
+        too_long = [(*pair, new) for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 > context]
+        if too_long:
+            example, length, new = too_long[0]
             sentence = (
                 f"the prompt of {example.id} has {length} tokens; with {new} new ones that exceeds the context of "
                 f"{llm.name} ({context})"
@@ -337,6 +345,10 @@ class TaskDataModule(LightningDataModule):
                 raise UserError(f"{sentence}, and so do all {split} prompts. Shorten them, or take another model.")
             warnings.warn(f"{sentence}: {len(too_long)} of {len(pairs)} {split} prompts are left out.", stacklevel=2)
         return [example for example, _ in fits], [length for _, length in fits]
+
+    def _new_tokens(self, example: Example, task: Task) -> int:
+        """How many tokens may follow a prompt: the longest option's, where options are weighed."""
+        return max(map(len, self.option_ids(example))) if task.by_likelihood else task.max_new_tokens
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

@@ -1,4 +1,4 @@
-"""How a task is answered: by generating text, or, where texts are only read, by a probe of their label."""
+"""How a task is answered: by generating text, by the likelihood of options, or by a probe of the label of a text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from corrsteer_pl.data import Batch
+from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.interventions.steering import Schedule
+from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.decoding.kept import KeptPrompts
 from corrsteer_pl.models.hooks import PoolReader
@@ -80,6 +81,44 @@ class Generating:
     ) -> list[tuple[list[str], Tensor]]:
         """Answers under each variant, and their rewards."""
         return [(texts, self.rewards(texts, batch)) for texts in self.texts(batch, variants, kept)]
+
+
+class Weighing(Generating):
+    """Nothing is generated: the answer is what the task makes of the likelihoods of an example's options.
+
+    Args:
+        decoder: What runs the model.
+        task: The task.
+        data: Gives the tokens of options.
+        reverse: Whether one minus the reward is the reward.
+    """
+
+    def __init__(self, decoder: Decoder, task: Task, data: TaskDataModule, reverse: bool = False) -> None:
+        super().__init__(decoder, task, reverse)
+        self.data = data
+
+    def observe(self, batch: Batch, reader: PoolReader | None = None) -> list[str]:
+        """Answers of the unchanged model, while ``reader`` pools its activations at the last token of the prompt."""
+        if reader is not None:
+            self.decoder.generate(batch, reader)
+        return self.texts(batch, Switched([None]))[0]
+
+    def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
+        """What is likeliest under each variant."""
+        options = [self.data.option_ids(example) for example in batch.examples]
+        nats = self.decoder.log_likelihoods(batch, options, variants)
+        return [
+            [
+                self.task.likeliest(example, of_variants[variant].tolist(), list(map(len, some)))
+                for example, of_variants, some in zip(batch.examples, nats, options, strict=True)
+            ]
+            for variant in range(len(variants))
+        ]
+
+
+def answered(decoder: Decoder, task: Task, data: TaskDataModule, reverse: bool = False) -> Generating:
+    """How a task with answers is answered."""
+    return Weighing(decoder, task, data, reverse) if task.by_likelihood else Generating(decoder, task, reverse)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.answering import Answering, Generating, ProbeReading, Reading
+from corrsteer_pl.methods.answering import Answering, ProbeReading, Reading, answered
 from corrsteer_pl.methods.evaluation import PairedEvaluation
 from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.methods.provenance import (
@@ -243,7 +243,7 @@ class Method(PairedEvaluation):
         allowed = self.llm.single_tokens(answers) if answers else None
         decoder = Decoder(self.llm, task.max_new_tokens, allowed, self.candidate_batch_size)
         if task.generates:
-            return Generating(decoder, task, reverse)
+            return answered(decoder, task, self.datamodule, reverse)
         return Reading(decoder, task, reverse, self.probe)
 
     def check_processes(self, count: int) -> None:

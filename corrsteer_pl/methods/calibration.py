@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.methods.answering import Answering, Generating
+from corrsteer_pl.methods.answering import Answering, answered
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.options import check_options, import_paths
 from corrsteer_pl.selection import Strength
@@ -113,7 +113,7 @@ def damage(method: Any, budget: Budget, variants: Intervention) -> dict[str, lis
         found["kl"] = divergences(decoder, _moved(data, method.device), variants)
     if budget.loss is not None:
         data.task.load(str(method.device))
-        found["loss"] = losses(Generating(decoder, data.task), _moved(data, method.device), variants)
+        found["loss"] = losses(answered(decoder, data.task, data), _moved(data, method.device), variants)
     return found
 
 

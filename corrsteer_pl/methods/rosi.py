@@ -16,7 +16,7 @@ from corrsteer_pl.interventions.edited import EditedWeights, EditRecord, remove_
 from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulate import MergedSums
-from corrsteer_pl.methods.answering import Generating
+from corrsteer_pl.methods.answering import answered
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.calibration import Budget, divergences, losses, prompts_of
 from corrsteer_pl.methods.directions import (
@@ -244,7 +244,7 @@ class Rosi(Selecting):
             loss = (harmless[0] - harmless).tolist()
         else:
             data.task.load(str(self.device))
-            loss = losses(Generating(decoder, data.task), self._harmless(data), self._variants)
+            loss = losses(answered(decoder, data.task, data), self._harmless(data), self._variants)
         sizes = [0.0, *(tried.edit.strength for tried in self._tried)]
         found = zip(sizes, rewards.mean(1).tolist(), kl, loss, strict=True)
         return [Strength(scale, reward, kl=divergence, loss=fall) for scale, reward, divergence, fall in found]

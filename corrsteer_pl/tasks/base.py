@@ -48,6 +48,7 @@ class Example:
         gold: What the reward compares with.
         groups: Categories whose rewards are reported beside the whole.
         solution: A perfect response, shown in few-shot prompts; None if there is none to show.
+        options: Texts that may follow the prompt, for a task that is answered by their likelihood.
         details: What the task's own measures need to know.
     """
 
@@ -56,6 +57,7 @@ class Example:
     gold: str
     groups: tuple[str, ...] = ()
     solution: str | None = None
+    options: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ class Task(ABC):
     Attributes:
         source: The data that belong to the task.
         generates: Whether the model answers; otherwise it reads texts, and the reward is known beforehand.
+        by_likelihood: Whether the model writes nothing, but says how likely each option of an example is.
         instructs: Whether its prompts are instructions, which a base model has not learnt to follow.
         max_new_tokens: How many tokens are generated at most.
         answers: The only responses that make sense, each one token, or None for free text.
@@ -74,6 +77,7 @@ class Task(ABC):
     source: ClassVar[Source] = Source()
     generates: ClassVar[bool] = True
     instructs: ClassVar[bool] = False
+    by_likelihood: bool = False
     max_new_tokens: int = 1
     answers: Sequence[str] | None = None
     scorer: Reward | None = None
@@ -108,6 +112,16 @@ class Task(ABC):
         """
         return [self.example(row, id)]
 
+    def likeliest(self, example: Example, nats: Sequence[float], tokens: Sequence[int]) -> str:
+        """The answer of a task that is answered by likelihood: the option that is the likeliest per byte of its text.
+
+        Args:
+            example: The example.
+            nats: Log-likelihood of each option after the prompt.
+            tokens: Number of tokens of each.
+        """
+        return example.options[likeliest_option(example, nats)]
+
     def reward(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Rewards in [0, 1] of the responses to the prompts of ``examples``."""
         if self.scorer is None:
@@ -117,6 +131,17 @@ class Task(ABC):
     def measures(self, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, float | None]:
         """Further measures of a whole test, by name; None where one is undefined."""
         return {}
+
+
+def likeliest_option(example: Example, nats: Sequence[float]) -> int:
+    """The option whose text is the likeliest per byte, given the log-likelihood of each; the first of equal ones.
+
+    Example:
+        >>> likeliest_option(Example("", "A cat says", "", options=("meow", "a lot")), [-4.0, -4.5])
+        1
+    """
+    each = [total / len(option.encode()) for total, option in zip(nats, example.options, strict=True)]
+    return each.index(max(each))
 
 
 @contextmanager

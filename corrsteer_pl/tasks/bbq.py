@@ -1,6 +1,7 @@
 """BBQ: questions about people, with and without enough context to answer them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from corrsteer_pl.errors import UserError
@@ -57,7 +58,7 @@ class BBQ(MultipleChoice):
         """Make the prompt of one question."""
         plain = super().example(row, id)
         groups = present(row.get("category"), row.get("context_condition"), row.get("question_polarity"))
-        return Example(plain.id, plain.prompt, plain.gold, groups, plain.solution, plain.details)
+        return replace(plain, groups=groups)
 
     def details(self, row: Mapping[str, Any], order: Sequence[int], id: str) -> dict[str, str]:
         """Condition of the context, and the letters of the biased and the counter-biased answer, if known."""

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import TextReward, text
-from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, present, structured
+from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, likeliest_option, present, structured
 from corrsteer_pl.tasks.template import Template, check_instruction
 
 # Groups of questions, where some are to be unlearnt.
 UNLEARN, RETAIN = "unlearn", "retain"
 TEMPLATE = "{question}\n{options}\n{instruction}"
+# The same where options are weighed and not shown.
+PLAIN = "{question}\nAnswer:"
 
 
 class MultipleChoice(Task):
@@ -30,6 +32,8 @@ class MultipleChoice(Task):
             option always comes first.
         chain_of_thought: Ask for reasoning, and judge the last letter that is called the answer.
         max_new_tokens: Longest response; None for one token, or 256 with chain of thought.
+        likelihood: Take for the answer the option whose text is the likeliest per byte after the prompt, instead of
+            letting the model write a letter, which small models hardly can. Its default template shows no options.
         unlearn: Columns, each with the values at which a question is one to be unlearnt: then every answer but the
             right one is rewarded, and accuracies of both kinds are reported. None for no such question.
         template: The prompt, with the fields ``{question}``, ``{options}`` (a line for each, ``A. red``),
@@ -62,6 +66,7 @@ class MultipleChoice(Task):
         shuffle: bool = False,
         chain_of_thought: bool = False,
         max_new_tokens: int | None = None,
+        likelihood: bool = False,
         unlearn: Mapping[str, Sequence[Any]] | None = None,
         template: str = TEMPLATE,
     ) -> None:
@@ -70,12 +75,17 @@ class MultipleChoice(Task):
             raise UserError(f"data.task_args.options is {options}; a question has 2 to {len(ascii_uppercase)} options.")
         self.question, self.choices, self.answer, self.labels, self.group = question, choices, answer, labels, group
         self.letters = ascii_uppercase[:options]
+        if likelihood and (chain_of_thought or max_new_tokens is not None):
+            name = "chain_of_thought" if chain_of_thought else "max_new_tokens"
+            raise UserError(f"data.task_args.likelihood lets the model write nothing, so leave {name} out.")
+        template = PLAIN if likelihood and template == TEMPLATE else template
+        self.by_likelihood = likelihood
         self.template = Template(template, "data.task_args.template", self.computed)
         check_instruction(self.template, chain_of_thought)
         self.shuffle, self.chain_of_thought = shuffle, chain_of_thought
         longest = 256 if chain_of_thought else 1
         self.max_new_tokens = check_new_tokens(longest if max_new_tokens is None else max_new_tokens)
-        self.answers = None if chain_of_thought else [f" {letter}" for letter in self.letters]
+        self.answers = None if chain_of_thought or likelihood else [f" {letter}" for letter in self.letters]
         self.scorer = (
             TextReward("final letter", text.final_letter) if chain_of_thought else TextReward("letter", text.letter)
         )
@@ -98,14 +108,24 @@ class MultipleChoice(Task):
         fields = {**asked, "options": "\n".join(lines), "letters": among, "instruction": self._instruction(among)}
         prompt = self.template.fill(row, id, fields)
         group = None if self.group is None else column(row, self.group, "group", id)
-        solution = None if self.chain_of_thought else gold
-        groups = present(group, self._part(row, id))
-        return Example(id, prompt, gold, groups, solution, self.details(row, order, id))
+        groups, shown = present(group, self._part(row, id)), tuple(str(options[i]) for i in order)
+        right = shown[letters.index(gold)] if self.by_likelihood else gold
+        return Example(
+            id, prompt, gold, groups,
+            solution=None if self.chain_of_thought else right,
+            options=shown if self.by_likelihood else (),
+            details=self.details(row, order, id),
+        )  # fmt: skip
+
+    def likeliest(self, example: Example, nats: Sequence[float], tokens: Sequence[int]) -> str:
+        """The letter of the option that is the likeliest per byte."""
+        return self.letters[likeliest_option(example, nats)]
 
     @property
     def reward_name(self) -> str:
         """What the results say of the reward."""
-        return super().reward_name + (", or any other where it is to be unlearnt" if self.unlearn else "")
+        name = "likeliest option" if self.by_likelihood else super().reward_name
+        return name + (", or any other where it is to be unlearnt" if self.unlearn else "")
 
     def reward(self, texts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """1 for the right letter, or, where that is to be unlearnt, for anything else."""

@@ -18,6 +18,7 @@ from corrsteer_pl.tasks.mmlu import MMLU
 from corrsteer_pl.tasks.mmlu_pro import MMLUPro
 from corrsteer_pl.tasks.safety import Refusal
 from corrsteer_pl.tasks.simpleqa import SimpleQA
+from corrsteer_pl.tasks.text import NextSentence, Text
 from corrsteer_pl.tasks.xstest import XSTest
 
 TASKS: dict[str, type[Task]] = {
@@ -32,6 +33,8 @@ TASKS: dict[str, type[Task]] = {
     "choice": MultipleChoice,
     "refusal": Refusal,
     "generic": Generic,
+    "text": Text,
+    "next_sentence": NextSentence,
     "text_classification": TextClassification,
     "demo_qa": DemoQA,
     "demo_refusal": DemoRefusal,

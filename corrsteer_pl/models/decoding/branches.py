@@ -131,9 +131,13 @@ class BatchRows:
     def drop_ended(self, running: Tensor) -> Tensor:
         """Drop the rows that have ended."""
         rows = running[:, 0].nonzero()[:, 0]
+        self.pick(rows)
+        return rows.unsqueeze(1)
+
+    def pick(self, rows: Tensor) -> None:
+        """Go on with the given rows, in any number and order."""
         self.cache = picked(self.cache, rows)
         self.mask, self.next, self.variant = self.mask[rows], self.next[rows], self.variant[rows]
-        return rows.unsqueeze(1)
 
     def _mask(self) -> Tensor | None:
         if not self.hides:

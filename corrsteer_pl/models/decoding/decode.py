@@ -168,6 +168,53 @@ class Decoder:
                 found.append(run.forward(tokens)[:, 0].unflatten(0, (-1, len(group))))
         return torch.cat(found, dim=1)[:, : len(variants)].transpose(0, 1)
 
+    @torch.no_grad()
+    def log_likelihoods(
+        self, prompts: Prompts, options: Sequence[Sequence[Sequence[int]]], variants: Intervention
+    ) -> list[Tensor]:
+        """How likely texts are after their prompts under each variant.
+
+        A text is read token by token, so that a variant acts on it as on one that is generated.
+
+        Args:
+            prompts: The prompts.
+            options: Tokens of the texts that may follow each prompt.
+            variants: What is compared.
+
+        Returns:
+            Of each prompt the log-likelihoods of its options in nats, ``(variants, options)`` float64.
+
+        Raises:
+            UserError: Activations of the model overflow under a variant.
+        """
+        require_rows(self.llm)
+        counts, ids = [len(some) for some in options], prompts.input_ids
+        sample = torch.arange(len(ids), device=ids.device).repeat_interleave(torch.tensor(counts, device=ids.device))
+        wanted = padded_right([option for some in options for option in some]).to(ids.device)  # (N, longest)
+        each = Padded(ids[sample], prompts.attention_mask[sample])
+        laid, cache = (prompts, None) if variants.changes_prompt else self._prefill(prompts)
+        found = []
+        for group in self.groups(each, variants):
+            count = len(group)
+            run, last = self._in_rows(group, laid, cache)
+            # Rows are prompts with their variants side by side; of each there is one for every option.
+            rows = (sample.unsqueeze(1) * count + torch.arange(count, device=ids.device)).flatten()
+            run.pick(rows)
+            with group.attached(self.llm.model, run):
+                nats = self._forced(run, last[rows], wanted.repeat_interleave(count, dim=0))
+            self._refuse_overflow(nats.isfinite(), group)
+            found.append(nats.view(-1, count))
+        return [nats.T for nats in torch.cat(found, dim=1)[:, : len(variants)].cpu().split(counts)]
+
+    def _forced(self, run: Run, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """Log-likelihoods ``(rows,)`` float64 of the tokens ``wanted (rows, longest)``, filled up with -1."""
+        total = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
+        for next_ones in wanted.split(1, dim=1):
+            log_p = run.forward(tokens)[:, 0].float().log_softmax(-1)
+            tokens = next_ones.clamp(min=0)
+            total += torch.where(next_ones >= 0, log_p.gather(1, tokens), 0.0)[:, 0].double()
+        return total
+
     def _compare(
         self, prompts: Prompts, variants: Intervention, branches: bool, kept: KeptPrompts | None
     ) -> list[list[str]]:
@@ -214,7 +261,7 @@ class Decoder:
     def _in_branches(self, prompts: Prompts, cache: Any, count: int) -> tuple[Run, Tensor]:
         return Branches(self.llm, cache, prompts.attention_mask, count), prompts.input_ids[:, -1:].expand(-1, count)
 
-    def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> tuple[Run, Tensor]:
+    def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> tuple[BatchRows, Tensor]:
         count, repeated = len(group), _repeated(prompts, len(group))
         if cache is None:
             with group.attached(self.llm.model):
@@ -423,6 +470,17 @@ class Padded:
 
     input_ids: Tensor
     attention_mask: Tensor
+
+
+def padded_right(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token rows as one tensor ``(rows, longest)``, filled up with -1.
+
+    Example:
+        >>> padded_right([[1, 2], [3]])
+        tensor([[ 1,  2],
+                [ 3, -1]])
+    """
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 
 def _repeated(prompts: Prompts, copies: int) -> Prompts:

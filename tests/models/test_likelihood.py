@@ -1,0 +1,77 @@
+"""Log-likelihoods of options, against plain forward passes of Hugging Face models."""
+
+import pytest
+import torch
+
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs
+from corrsteer_pl.interventions.steering import POSITIONS, Schedule, SteeringVectors
+from corrsteer_pl.interventions.switched import Switched
+from corrsteer_pl.models.decoding.decode import Decoder
+from tests.architectures import PROMPTS, WIDTH, batch_of, vectors
+
+OPTIONS = [[[40, 41, 42], [43]], [[5], [6, 7], [8, 9, 10, 11]], [[300, 2]], [[12, 13], [12, 14]]]
+
+
+def naive(llm, prompt, option):
+    """The sum of log-probabilities by one forward pass of the whole sequence, without a cache."""
+    ids = torch.tensor([prompt + option])
+    log_p = llm.model(ids).logits[0].double().log_softmax(-1)
+    return sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(option))
+
+
+def step_by_step(llm, prompt, option, vectors):
+    """The same while Hugging Face's own cache grows token by token, under vectors that count their steps."""
+    total, cache, chunk = 0.0, None, torch.tensor([prompt])
+    with vectors.attached(llm.model):
+        for token in option:
+            out = llm.model(chunk, past_key_values=cache, use_cache=True)
+            total += out.logits[0, -1].double().log_softmax(-1)[token].item()
+            cache, chunk = out.past_key_values, torch.tensor([[token]])
+    return total
+
+
+def test_likelihoods_are_those_of_plain_forward_passes(tiny):
+    found = Decoder(tiny, 1).log_likelihoods(batch_of(tiny), OPTIONS, Switched([None]))
+    for prompt, options, nats in zip(PROMPTS, OPTIONS, found, strict=True):
+        assert nats.shape == (1, len(options))
+        expected = [naive(tiny, prompt, option) for option in options]
+        torch.testing.assert_close(nats[0], torch.tensor(expected).double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_variant_is_steered_at_each_step_of_every_option(tiny, positions):
+    many, schedule = [{}, vectors(), vectors((1,), seed=1)], Schedule(positions, first_k=2, decay=0.9)
+    for size in (1, 2, 3):
+        decoder = Decoder(tiny, 1, candidate_batch_size=size)
+        found = decoder.log_likelihoods(batch_of(tiny), OPTIONS, SteeringVectors.stack(many, schedule))
+        for prompt, options, nats in zip(PROMPTS, OPTIONS, found, strict=True):
+            for variant, steered in enumerate(many):
+                own = SteeringVectors(steered, schedule)
+                expected = [step_by_step(tiny, prompt, option, own) for option in options]
+                torch.testing.assert_close(nats[variant], torch.tensor(expected).double(), rtol=2e-3, atol=2e-3)
+
+
+def test_edits_and_batches_change_nothing_else(llm):
+    direction = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+    edit = Edit(direction, 8.0, "row_mean")
+    variants, decoder = EditedOutputs(llm.model, [None, edit]), Decoder(llm, 1)
+    together = decoder.log_likelihoods(batch_of(llm), OPTIONS, variants)
+    for prompt, options, nats in zip(PROMPTS, OPTIONS, together, strict=True):
+        (alone,) = decoder.log_likelihoods(batch_of(llm, [prompt]), [options], variants)
+        torch.testing.assert_close(nats, alone, rtol=1e-4, atol=1e-4)
+        plain = torch.tensor([naive(llm, prompt, option) for option in options]).double()
+        torch.testing.assert_close(nats[0], plain, rtol=1e-4, atol=1e-4)
+        with variants.attached(llm.model):
+            # Rows stand side by side: the unchanged model, and the edited one.
+            ids = torch.tensor([prompt + options[0]] * 2)
+            log_p = llm.model(ids).logits[1].double().log_softmax(-1)
+        edited = sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(options[0]))
+        assert nats[1, 0].item() == pytest.approx(edited, abs=1e-3)
+        assert nats[1, 0].item() != pytest.approx(nats[0, 0].item(), abs=1e-3)
+
+
+def test_a_vector_that_overflows_is_named(tiny):
+    huge = SteeringVectors.stack([{}, {site: torch.full((WIDTH,), 3e38) for site in vectors()}])
+    with pytest.raises(UserError, match="steering at .* makes the activations of .* overflow"):
+        Decoder(tiny, 1).log_likelihoods(batch_of(tiny), OPTIONS, huge)
