@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exception that a user's mistake raises, and kinds of it."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -9,6 +9,10 @@ class UserError(Exception):
 
     The command line prints the sentence and exits with status 2, without a traceback.
     """
+
+
+class NotAnOption(UserError):
+    """An argument that is none, or has an impossible value, whatever is run with it."""
 
 
 class NothingToLearn(UserError):

@@ -47,9 +47,10 @@ def run(args: list[str]) -> int:
 
 
 def _compare(args: list[str], given: dict[str, Any]) -> None:
-    configs, others = split_options(args[1:], ("--config", "-c"))
-    elsewhere, others = split_options(others, ("--elsewhere",))
-    names, others = _split_lists(others, "--methods")
+    configs, others = _split_lists(args[1:], "--config", "-c")
+    elsewhere, others = _split_lists(others, "--elsewhere")
+    methods, others = _split_lists(others, "--methods")
+    names = [name for some in methods for name in some.strip("[]").replace(",", " ").split()]
     _, others = split_options(others, OPTIONS)
     if any(argument.partition("=")[0] == "--method" for argument in others):
         raise UserError("compare takes several methods. Name systems with --methods.")
@@ -71,11 +72,11 @@ def _compare(args: list[str], given: dict[str, Any]) -> None:
     _write(plans, out, given)
 
 
-def _split_lists(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """The values of an option that takes several, separated by spaces or commas, and all arguments but these.
+def _split_lists(args: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """The values of an option that takes several, or may be repeated, and all arguments but these.
 
     Example:
-        >>> _split_lists(["--methods", "a", "b,c", "--seeds", "2"], "--methods")
+        >>> _split_lists(["--config", "a", "b", "--seeds", "2", "--config=c"], "--config", "-c")
         (['a', 'b', 'c'], ['--seeds', '2'])
     """
     words: list[str] = []
@@ -84,12 +85,12 @@ def _split_lists(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
     for argument in args:
         if argument.startswith("-"):
             option, _, value = argument.partition("=")
-            taking = option == name
-            words += [value] if taking else []
+            taking = option in names
+            words += [value] if taking and value else []
             others += [] if taking else [argument]
         else:
             (words if taking else others).append(argument)
-    return [word for some in words for word in some.strip("[]").replace(",", " ").split()], others
+    return words, others
 
 
 def _chosen(names: Sequence[str], known: Mapping[str, System]) -> dict[str, System]:

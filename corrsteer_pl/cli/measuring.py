@@ -16,7 +16,7 @@ import torch
 
 from corrsteer_pl.cli.arguments import given_options, read_config
 from corrsteer_pl.cli.lightning import run_once
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import NotAnOption, UserError
 from corrsteer_pl.evaluation.comparison import OWN, Cell
 from corrsteer_pl.files import write_json
 from corrsteer_pl.methods.registry import DEFAULT
@@ -87,7 +87,11 @@ class Plan:
 
 
 def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
-    """Fit and test a system, and keep what came of it; a system that cannot be fitted on the task says why."""
+    """Fit and test a system, and keep what came of it; a system that cannot be fitted on the task says why.
+
+    Raises:
+        NotAnOption: An argument is none of the method's.
+    """
     folder = plan.folder(out)
     known: dict[str, Any] = {"task": plan.task, "system": plan.name, "seed": plan.seed, "settings": plan.settings}
     known |= {"commit": code, "machine": machine}
@@ -108,6 +112,8 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
             **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.counted,
             seconds=seconds, cost=extra_cost(tested),
         )  # fmt: skip
+    except NotAnOption:
+        raise
     except UserError as error:
         cell = Cell(**known, refused=str(error))
     cell.write(folder)

@@ -4,7 +4,7 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
-from corrsteer_pl.errors import UserError, one_line
+from corrsteer_pl.errors import NotAnOption, one_line
 
 
 class OneSentence:
@@ -12,7 +12,7 @@ class OneSentence:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong."""
-        raise UserError(f"{one_line(message)} See --help for what is allowed.") from ex
+        raise NotAnOption(f"{one_line(message)} See --help for what is allowed.") from ex
 
 
 class PlainParser(OneSentence, ArgumentParser):

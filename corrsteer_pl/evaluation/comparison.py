@@ -81,7 +81,8 @@ class Line:
 
     Rewards and differences are in [0, 1]; the interval is that of the mean paired difference over the questions, each
     with its mean over the seeds, and does not contain what another choice of questions for the fit would change; that
-    is what the deviation over seeds says. Measures are the task's own, without the change and with it.
+    is what the deviation over seeds says. Elsewhere is the mean over other tasks, which are there by name as well.
+    Measures are those of the tasks, without the change and with it.
     """
 
     task: str
@@ -102,6 +103,7 @@ class Line:
     cost: float
     refused: str | None = None
     measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    elsewhere_by_task: Mapping[str, float] = field(default_factory=dict)
 
 
 def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
@@ -129,7 +131,13 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
     half = Z_95 * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
     metrics = [cell.metrics or {} for _, cell in cells]
     by_seed = [m["difference"] for m in metrics]
-    elsewhere = [m["difference"] for _, cell in cells for m in (cell.elsewhere or {}).values()]
+    others = {
+        name: [cell.elsewhere[name] for _, cell in cells if cell.elsewhere] for name in first.elsewhere or {}
+    }  # fmt: skip
+    elsewhere = {name: statistics.fmean(m["difference"] for m in some) for name, some in others.items()}
+    measures = _measures(metrics)
+    for name, some in others.items():
+        measures |= {f"{name} {measure}": pair for measure, pair in _measures(some).items()}
 
     def over(name: str) -> float:
         return statistics.fmean(getattr(cell, name) for _, cell in cells)
@@ -141,14 +149,14 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
         difference=mean, ci_low=mean - half, ci_high=mean + half,
         deviation=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
         side_effect_ratio=side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
-        elsewhere=statistics.fmean(elsewhere) if elsewhere else None,
-        measures=_measures(metrics),
+        elsewhere=statistics.fmean(elsewhere.values()) if elsewhere else None,
+        elsewhere_by_task=elsewhere, measures=measures,
         size=over("size"), examples=over("examples"), seconds=over("seconds"), cost=over("cost"),
     )  # fmt: skip
 
 
 def _measures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """The task's own measures without and with the change, over the seeds, as far as they are defined in all."""
+    """A task's own measures without and with the change, over the seeds, as far as they are defined in all."""
     found = {}
     for name in metrics[0].get("measures", {}):
         pairs = [tuple(m["measures"][name][which] for which in ("baseline", "steered")) for m in metrics]
@@ -174,13 +182,27 @@ def markdown(table: Sequence[Line], note: str) -> str:
         rows = "".join(f"| {' | '.join(_cells(line))} |\n" for line in fitted)
         head = f"**{task}** (unchanged model: {unchanged})\n\n| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|\n"
         refused = "".join(f"- {line.system}: {line.refused}\n" for line in mine if line.refused is not None)
-        measures = "".join(
-            f"- {line.system}: {name} from {before:.3f} to {after:.3f}\n"
-            for line in fitted for name, (before, after) in line.measures.items()
-        )  # fmt: skip
-        rows += f"\nMeasures of the task:\n\n{measures}" if measures else ""
+        rows += _listed("Elsewhere", {line.system: _by_task(line) for line in fitted})
+        rows += _listed("Measures", {line.system: _measured(line) for line in fitted})
         parts.append(head + rows + (f"\nNot for this task:\n\n{refused}" if refused else ""))
     return "\n".join([*parts, note])
+
+
+def _listed(heading: str, said: Mapping[str, str]) -> str:
+    """What is said of each system, as a list; nothing if nothing is."""
+    items = "".join(f"- {system}: {text}\n" for system, text in said.items() if text)
+    return f"\n{heading}:\n\n{items}" if items else ""
+
+
+def _by_task(line: Line) -> str:
+    """The differences of several tasks elsewhere."""
+    several = line.elsewhere_by_task if len(line.elsewhere_by_task) > 1 else {}
+    return ", ".join(f"{name} {100 * difference:+.1f}" for name, difference in several.items())
+
+
+def _measured(line: Line) -> str:
+    pairs = line.measures.items()
+    return ", ".join(f"{name} from {before:.3f} to {after:.3f}" for name, (before, after) in pairs)
 
 
 def _cells(line: Line) -> Iterator[str]:

@@ -15,7 +15,7 @@ import pytest
 from corrsteer_pl.cli.compare import SYSTEMS
 from corrsteer_pl.cli.measuring import claimed
 from corrsteer_pl.cli.program import main
-from corrsteer_pl.evaluation.comparison import Cell, lines
+from corrsteer_pl.evaluation.comparison import Cell, lines, markdown
 from corrsteer_pl.evaluation.paired import Z_95
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.methods.registry import METHODS
@@ -122,9 +122,17 @@ def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
         write_jsonl(folder / "test/own/outcomes.jsonl", rows)
         mean = sum(rewards) / 2
         metrics = {"reward_baseline": 0.0, "reward_steered": mean, "difference": mean, "better": int(sum(rewards))}
-        folders.append((folder, Cell("t", "s", seed, "x", "c", "m", metrics={**metrics, "worse": 1 - seed})))
+        metrics |= {"worse": 1 - seed, "measures": {"loss": {"baseline": 1.0, "steered": 2.0 + seed}}}
+        b = {"difference": -0.5, "measures": {"loss": {"baseline": 3.0, "steered": 3.0}}}
+        elsewhere = {"a": {"difference": 0.2 + 0.2 * seed}, "b": b}
+        folders.append((folder, Cell("t", "s", seed, "x", "c", "m", metrics=metrics, elsewhere=elsewhere)))
     (line,) = lines(folders)
     assert (line.difference, line.n, line.seeds) == (0.75, 2, 2)
+    assert (line.elsewhere, line.elsewhere_by_task) == (pytest.approx(-0.1), {"a": pytest.approx(0.3), "b": -0.5})
+    assert line.measures == {"loss": (1.0, 2.5), "b loss": (3.0, 3.0)}
+    text = markdown([line], "")
+    assert "\nElsewhere:\n\n- s: a +30.0, b -50.0\n" in text
+    assert "\nMeasures:\n\n- s: loss from 1.000 to 2.500, b loss from 3.000 to 3.000\n" in text
     assert line.side_effect_ratio == 1 / 4
 
 
@@ -136,6 +144,7 @@ def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
         (["--config", "demo.yaml", "--method", "rosi"], "compare takes several methods. Name systems with --methods"),
         (["--config", "demo.yaml", "--seeds", "0"], "--seeds is 0; it is a number of seeds, at least 1"),
         (["--config", "demo.yaml", "--systems", "bad.yaml"], "bad.yaml names no method for mine. Give it one"),
+        (["--config", "demo.yaml", "--seeds", "1", "stray.yaml"], "unrecognized arguments: stray.yaml"),
         (["--config", "demo.yaml", "--methds", "raw"], "there is no option methds; the nearest are methods"),
     ],
 )
