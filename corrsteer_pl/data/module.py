@@ -352,8 +352,8 @@ class TaskDataModule(LightningDataModule):
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
-    """A short hash of prompts and gold answers in their order."""
-    text = "\0".join(f"{example.prompt}\0{example.gold}" for example in examples)
+    """A short hash of prompts, gold answers and options in their order."""
+    text = "\0".join(part for example in examples for part in (example.prompt, example.gold, *example.options))
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -18,7 +18,8 @@ class RowSource:
     """Where the rows of a data set are read from, split by split.
 
     A local path is one file, whose rows all splits share, or a folder with files ``[subset.]split[-part].ending``,
-    as the Hub names its own. Anything else is the id of a data set on the Hub.
+    as the Hub names its own. Anything else is the id of a data set on the Hub. A part of a split is named as on the
+    Hub: ``train[:80%]``, ``train[100:200]``.
 
     Args:
         path: File, folder, or Hub id.
@@ -83,7 +84,7 @@ class RowSource:
             UserError: The Hub cannot say so.
         """
         if self.local is not None:
-            return bool(self._files(split))
+            return bool(self._files(_part_of(split)[0]))
         try:
             subset = self.subsets[0] if self.subsets else None
             known = {ALL, *_datasets().get_dataset_split_names(self.path, subset, revision=self.revision)}
@@ -96,7 +97,8 @@ class RowSource:
         """Where the rows of a split are; splits in the same place divide them. Empty if a folder lacks the split."""
         if self.local is None:
             return (self.path, *self.subsets, split)
-        return tuple(str(file) for file in self._files(split))
+        name, part = _part_of(split)
+        return tuple(f"{file}{part or ''}" for file in self._files(name))
 
     def read(self, split: str) -> list[tuple[str, dict[str, Any]]]:
         """The rows of a split, each with an id.
@@ -107,16 +109,23 @@ class RowSource:
         rows = self._rows(split)
         if not self.is_one_of_several:
             return rows
-        return [(f"{self.path}:{id}", {"source": self.path, **row}) for id, row in rows]
+        return [(f"{self.name}:{id}", {"source": self.name, **row}) for id, row in rows]
+
+    @property
+    def name(self) -> str:
+        """What the data set is called among several: its id on the Hub, or the name of its file or folder."""
+        return self.path if self.local is None else self.local.stem
 
     def _rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
         if self.local is None:
             return [row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)]
-        if not (files := self._files(split)):
-            raise self.without(split)
+        name, part = _part_of(split)
+        if not (files := self._files(name)):
+            raise self.without(name)
         return [
-            numbered for file in files for numbered in _numbered(_named(read_rows(file), _parts(file)[0]), file.stem)
-        ]
+            numbered for file in files
+            for numbered in _sliced(_numbered(_named(read_rows(file), _parts(file)[0]), file.stem), part)
+        ]  # fmt: skip
 
     def without(self, split: str) -> UserError:
         """The error for a split that does not exist."""
@@ -125,7 +134,7 @@ class RowSource:
             return self._unavailable(ValueError(f"it has no split {split!r}"), self._missing(subset, split))
         names = sorted({_parts(file)[1] for file in self._all_files()})
         return UserError(
-            f"{self.local} has no file for the split {split!r} (it has {choices(names)}). "
+            f"{self.local} has no file for the split {_part_of(split)[0]!r} (it has {choices(names)}). "
             "Set data.train_split, data.val_split and data.test_split to names of its files."
         )
 
@@ -189,6 +198,33 @@ def _parts(file: Path) -> tuple[str | None, str]:
     """
     subset, _, split = file.stem.rpartition(".")
     return subset or None, re.sub(r"-\d+-of-\d+$", "", split)
+
+
+def _part_of(split: str) -> tuple[str, str | None]:
+    """Name of a split, and which part of it is meant, None for all.
+
+    Example:
+        >>> _part_of("train[:80%]"), _part_of("train")
+        (('train', '[:80%]'), ('train', None))
+    """
+    found = re.fullmatch(r"([^\[]+)(\[-?\d*%?:-?\d*%?\])", split)
+    return (found[1], found[2]) if found else (split, None)
+
+
+def _sliced(rows: list[Any], part: str | None) -> list[Any]:
+    """A part of some rows, by their places or in percent.
+
+    Example:
+        >>> _sliced([0, 1, 2, 3, 4], "[-40%:]"), _sliced([0, 1, 2, 3, 4], "[1:3]"), _sliced([0], None)
+        ([3, 4], [1, 2], [0])
+    """
+    if part is None:
+        return rows
+
+    def place(limit: str) -> int | None:
+        return None if not limit else round(int(limit[:-1]) * len(rows) / 100) if "%" in limit else int(limit)
+
+    return rows[slice(*map(place, part[1:-1].split(":")))]
 
 
 def _named(rows: Sequence[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class TaskData:
     Args:
         task: Name or import path of the task.
         path: File, folder or Hub id; None for the task's own data. For :meth:`whole` also several, which are read one
-            after the other; their rows say in a column ``source`` where they are from.
+            after the other; their rows have a column ``source`` with the id, or the name of the file or folder.
         task_args: Options of the task.
         subset: Named configuration, or several; None for the task's own with the task's own data. With several paths
             one for each, or null.
@@ -113,6 +113,7 @@ class TaskData:
         source = RowSource(path, subsets if named else own, named, self.revision)
         for split in needed:
             name = self._named[split]
+            name = None if name is None else name.partition("[")[0]
             if source.only_names and name not in (None, *source.only_names):
                 raise UserError(
                     f"{OPTIONS[split]} is {name!r}, but {path} is one file, whose rows all splits share. "
@@ -140,12 +141,16 @@ class TaskData:
                 f"data.fit_on.path names {len(paths)} data sets and data.fit_on.subset {len(subsets)}. Give one subset "
                 "for each, or null where there is only one."
             )
-        return [
+        sources = [
             RowSource(
                 path, () if subset is None else (subset,), subset is not None, self.revision, is_one_of_several=True
             )
             for path, subset in zip(paths, subsets, strict=True)
         ]
+        names = [source.name for source in sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"data.fit_on.path names two data sets called {twice[0]!r}. Rename one of the folders.")
+        return sources
 
     def _made(self, source: RowSource, name: str) -> list[list[Example]]:
         """The samples of each row that the filter and the balance keep."""
@@ -180,11 +185,11 @@ class TaskData:
 
 def _each_prompt_once(rows: list[list[Example]]) -> list[list[Example]]:
     """The rows without repeated prompts, which could fall into two splits, and without rows left empty by that."""
-    seen: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     kept = []
     for row in rows:
-        new = [example for example in row if example.prompt not in seen]
-        seen |= {example.prompt for example in new}
+        new = [example for example in row if example.asked not in seen]
+        seen |= {example.asked for example in new}
         kept += [new] if new else []
     return kept
 
@@ -196,8 +201,8 @@ def without_overlap(splits: Mapping[Split, list[Example]]) -> dict[Split, list[E
     """
     kept = dict(splits)
     for one, other in combinations(kept, 2):
-        prompts = {example.prompt for example in kept[other]}
-        disjoint = [example for example in kept[one] if example.prompt not in prompts]
+        asked = {example.asked for example in kept[other]}
+        disjoint = [example for example in kept[one] if example.asked not in asked]
         if shared := len(kept[one]) - len(disjoint):
             warnings.warn(
                 f"{shared} of {len(kept[one])} {one} prompts are {other} prompts too; they are left out of {one}.",

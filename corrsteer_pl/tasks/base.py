@@ -60,6 +60,11 @@ class Example:
     options: tuple[str, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def asked(self) -> tuple[str, frozenset[str]]:
+        """What is asked: the prompt, with the options if they do not stand in it."""
+        return self.prompt, frozenset(self.options)
+
 
 class Task(ABC):
     """Turns rows into prompts and responses into rewards.

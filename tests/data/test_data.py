@@ -287,7 +287,7 @@ def test_a_fit_may_read_several_data_sets_that_tell_themselves_apart(tmp_path):
     for name, count in (("hazard", 12), ("garden", 9)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "id": i} for i in range(count)])
     paths = [str(tmp_path / "hazard.jsonl"), str(tmp_path / "garden.jsonl")]
-    texts = {"task": "text_classification", "path": paths, "task_args": {"label": "source", "positive": paths[:1]}}
+    texts = {"task": "text_classification", "path": paths, "task_args": {"label": "source", "positive": ["hazard"]}}
     data = TaskDataModule("demo_qa", fit_on=texts, train_size=100, val_size=4)
     data.setup("fit")
     found = [(example.gold, example.prompt.split()[0]) for example in data.examples["train"]]
@@ -296,3 +296,28 @@ def test_a_fit_may_read_several_data_sets_that_tell_themselves_apart(tmp_path):
     uneven = TaskDataModule("demo_qa", fit_on={**texts, "subset": ["one"]}, train_size=100, val_size=4)
     with pytest.raises(UserError, match="data.fit_on.path names 2 data sets and data.fit_on.subset 1"):
         uneven.setup("fit")
+    twice = TaskDataModule("demo_qa", fit_on={**texts, "path": [paths[0], paths[0]]}, train_size=100, val_size=4)
+    with pytest.raises(UserError, match="names two data sets called 'hazard'. Rename one"):
+        twice.setup("fit")
+
+
+@pytest.mark.parametrize("in_a_folder", [True, False])
+def test_a_part_of_a_split_is_named_as_on_the_hub(in_a_folder, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(20, "t"))
+    parts = {"train_split": "train[:50%]", "val_split": "train[10:-5]", "test_split": "train[75%:]"}
+    data = module(tmp_path if in_a_folder else tmp_path / "train.jsonl", **parts)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+        for split, example in ((split, e) for split, some in data.examples.items() for e in some):
+            low, high = {"train": (0, 10), "validation": (10, 15), "test": (15, 20)}[split]
+            assert low <= int(example.id.rpartition(":")[2]) < high
+    assert len(data.examples["test"]) == 5
+    with pytest.raises(UserError, match="has no file for the split 'dev'|data.test_split is 'dev'"):
+        module(tmp_path if in_a_folder else tmp_path / "train.jsonl", test_split="dev[:5]").setup("test")
+
+
+def test_texts_that_begin_alike_are_told_apart(tmp_path):
+    write_jsonl(tmp_path / "all.jsonl", [{"text": f"Once upon a time {i}."} for i in range(20)])
+    data = TaskDataModule("text", str(tmp_path / "all.jsonl"))
+    data.setup("fit")
+    assert (len(data.examples["train"]), len(data.examples["validation"])) == (10, 2)
