@@ -1,6 +1,7 @@
 """One cell of a comparison: fit and test a system on a task with a seed, while no other process does."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 from corrsteer_pl.cli.arguments import given_options, read_config
 from corrsteer_pl.cli.lightning import run_once
+from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import NotAnOption, UserError
 from corrsteer_pl.evaluation.comparison import OWN, Cell
 from corrsteer_pl.files import write_json
@@ -104,10 +106,11 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
         started = time.monotonic()
         fit = _silently(["fit", "--config", config, *always])
         seconds = time.monotonic() - started
-        test = ["test", f"--ckpt_path={folder / 'last.ckpt'}", *always]
-        tested = _silently([*test, "--config", config], OWN)
+        test = ["test", f"--ckpt_path={folder / 'last.ckpt'}", "--config"]
+        tested = _silently([*test, config, *always], OWN)
         names = {Path(path).stem: path for path in plan.elsewhere if Path(path).stem != plan.task}
-        elsewhere = {name: _tested_elsewhere(test, path, folder, plan) for name, path in names.items()}
+        others = {name: _written(folder / f"{name}.json", _on(plan, path)) for name, path in names.items()}
+        elsewhere = {name: _silently([*test, path, *always], name).metrics for name, path in others.items()}
         cell = Cell(
             **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.counted,
             seconds=seconds, cost=extra_cost(tested),
@@ -120,11 +123,11 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
     return cell
 
 
-def _tested_elsewhere(test: Sequence[str], path: str, folder: Path, plan: Plan) -> dict[str, Any]:
-    """Metrics of a test on another task, with the system's own options."""
-    said = {"model": plan.config["model"], "data": read_config(path).get("data") or {}}
-    name = Path(path).stem
-    return _silently([*test, "--config", _written(folder / f"{name}.json", said)], name).metrics
+def _on(plan: Plan, path: str) -> dict[str, Any]:
+    """The configuration of a test on another task, with the system's own options."""
+    # With defaults, for a test of the same task would take from the fit what it is not told.
+    defaults = {name: option.default for name, option in inspect.signature(TaskDataModule).parameters.items()}
+    return {"model": plan.config["model"], "data": {**defaults, **(read_config(path).get("data") or {})}}
 
 
 def _written(path: Path, config: dict[str, Any]) -> str:

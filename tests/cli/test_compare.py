@@ -155,6 +155,17 @@ def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys
     assert sentence in capsys.readouterr().err
 
 
+def test_elsewhere_is_what_its_own_configuration_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reversed_one = "model: {llm: demo}\ndata: {task: demo_qa, reverse: true, train_size: 8, val_size: 4}\n"
+    (tmp_path / "reversed.yaml").write_text(reversed_one, encoding="utf-8")
+    (tmp_path / "straight.yaml").write_text("data: {task: demo_qa}\n", encoding="utf-8")
+    args = ["--methods", "few_shot", "--seeds", "1", "--elsewhere", "straight.yaml", "--data.test_size=24"]
+    assert main(["compare", "--config", "reversed.yaml", *args]) == 0
+    cell = Cell.read(tmp_path / "checkpoints/compare/cells/reversed/few_shot-0")
+    assert cell.elsewhere["straight"]["reward_baseline"] == pytest.approx(1 - cell.metrics["reward_baseline"])
+
+
 def test_configurations_of_several_methods_go_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plans = []
