@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from corrsteer_pl.cli.arguments import given_options, read_config
 from corrsteer_pl.cli.lightning import run_once
@@ -93,6 +94,8 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
 
     Raises:
         NotAnOption: An argument is none of the method's.
+        UserError: A test cannot be run.
+        SIGTERMException: The process was told to end.
     """
     folder = plan.folder(out)
     known: dict[str, Any] = {"task": plan.task, "system": plan.name, "seed": plan.seed, "settings": plan.settings}
@@ -102,9 +105,14 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
         f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
         *plan.others,
     ]  # fmt: skip
+    started = time.monotonic()
     try:
-        started = time.monotonic()
         fit = _silently(["fit", "--config", config, *always])
+    except NotAnOption:
+        raise
+    except UserError as error:
+        cell = Cell(**known, refused=str(error))
+    else:
         seconds = time.monotonic() - started
         test = ["test", f"--ckpt_path={folder / 'last.ckpt'}", "--config"]
         tested = _silently([*test, config, *always], OWN)
@@ -115,10 +123,6 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
             **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.counted,
             seconds=seconds, cost=extra_cost(tested),
         )  # fmt: skip
-    except NotAnOption:
-        raise
-    except UserError as error:
-        cell = Cell(**known, refused=str(error))
     cell.write(folder)
     return cell
 
@@ -141,6 +145,9 @@ def _silently(args: list[str], tag: str | None = None) -> Any:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cli = run_once(args, given_options(args))
+    if cli.trainer.received_sigterm:
+        # Between the batches of a stage Lightning ends it; in the last one it notes the signal and does nothing.
+        raise SIGTERMException
     for found in (Path(cli.trainer.default_root_dir) / "test").glob(f"*-{tag}") if tag else ():
         target = found.with_name(str(tag))
         target.mkdir(exist_ok=True)

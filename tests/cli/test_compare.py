@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,6 +154,23 @@ def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys
     (tmp_path / "bad.yaml").write_text("mine: {lr: 1}\n", encoding="utf-8")
     assert main(["compare", *args]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_batch_of_a_stage_ends_the_comparison(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = SimpleNamespace(model=SimpleNamespace(counted=1), trainer=SimpleNamespace(received_sigterm=True))
+    monkeypatch.setattr("corrsteer_pl.cli.measuring.run_once", lambda *_: ended)
+    assert main(["compare", "--config", "demo.yaml", "--methods", "raw", "--seeds", "1"]) == 128 + signal.SIGTERM
+    assert not list(tmp_path.rglob("cell.json"))
+
+
+def test_what_goes_wrong_after_a_fit_is_no_refusal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere.yaml").write_text("data: {task: choice, path: nowhere}\n", encoding="utf-8")
+    args = ["--methods", "few_shot", "--seeds", "1", "--elsewhere", "nowhere.yaml", *SMALL]
+    assert main(["compare", "--config", "demo.yaml", *args]) == 2
+    assert "data.path is 'nowhere'" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("cell.json"))
 
 
 def test_elsewhere_is_what_its_own_configuration_says(tmp_path, monkeypatch):
