@@ -82,6 +82,7 @@ class Words:
         title: Heading of what was selected.
         score: What it was ranked by.
         right, wrong: The two classes that were told apart.
+        selects: Whether there is a choice among some; otherwise the change is one.
     """
 
     what: str
@@ -90,6 +91,7 @@ class Words:
     score: str = "score"
     right: str = "right answers"
     wrong: str = "wrong ones"
+    selects: bool = True
 
 
 FEATURES = Words("Steering {model} with {number}", "feature")
@@ -105,7 +107,8 @@ WORDS = {
         "Quietening {number} of {model} by an adapter", "feature", "The salient features", "difference of rates",
         "target tokens", "retain tokens",
     ),
-    "finetune": Words("Fine-tuning {model}", "weight", "What was trained"),
+    "finetune": Words("Fine-tuning {model}", "weight", "What was trained", selects=False),
+    "prompting": Words("A longer prompt for {model}", "prompt", "What was said", selects=False),
 }  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def control(run: Run) -> str:
 
 def _outcome(run: Run, test: Test | None) -> str:
     count, selection, words = len(run.selection.features), run.selection, words_of(run)
-    if not count and run.method != "finetune":
+    if not count and words.selects:
         return (
             f"No {words.noun} beat the unsteered model on validation, so nothing is changed "
             f"({percentage(selection.baseline_reward)} there)."

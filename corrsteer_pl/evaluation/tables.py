@@ -59,6 +59,15 @@ def selection_table(selection: Selection) -> Table:
     return table
 
 
+def whole_table(selection: Selection) -> Table:
+    """What validation said of a change that was not chosen among others."""
+    table = Table(title=f"Validation after {selection.samples} samples")
+    for heading in ("unchanged %", f"{selection.score} %"):
+        table.add_column(heading, justify="right")
+    table.add_row(percent(selection.baseline_reward), percent(selection.joint_reward))
+    return table
+
+
 def _columns(selection: Selection) -> str:
     """What the columns of a table of candidates mean."""
     if selection.null_max_correlation is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, one_line
-from corrsteer_pl.evaluation.tables import percent
+from corrsteer_pl.evaluation.tables import whole_table
 from corrsteer_pl.files import write_folder
 from corrsteer_pl.interventions.adapter import Lora, OwnWeights
 from corrsteer_pl.interventions.switched import Switched
@@ -123,23 +123,11 @@ class Adapting(Selecting):
 
     def conclude(self, rewards: Tensor) -> None:
         """Say what the trained weights reach on the validation split."""
-        baseline, changed = rewards.mean(1)[:2].tolist()
-        self.selection = Selection(
-            rule="global", features=self.features, candidates=(), ranking=(), joint_reward=changed,
-            baseline_reward=baseline, samples=self.counted, reward=0.0, null_max_correlation=None,
-            score="trained", llm=self.llm.identity, saes=self.saes_identity() or {},
-        ).marked()  # fmt: skip
-        self.take_snapshot(baseline, changed)
+        self.select_whole(rewards, "trained", self.features)
 
     def tables(self) -> list[Table]:
         """What validation said."""
-        if self.selection is None:
-            return []
-        table = Table(title=f"Validation after {self.counted} samples")
-        for heading in ("unchanged %", "trained %"):
-            table.add_column(heading, justify="right")
-        table.add_row(percent(self.selection.baseline_reward), percent(self.selection.joint_reward))
-        return [table]
+        return [whole_table(self.selection)] if self.selection else []
 
     # ---------------------------------------------------------------- test
 

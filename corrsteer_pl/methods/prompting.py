@@ -5,20 +5,24 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, one_line
+from corrsteer_pl.evaluation.tables import whole_table
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.answering import Answering
-from corrsteer_pl.methods.base import Method, Settings
+from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.decoding.kept import KeptPrompts
+from corrsteer_pl.selection import Selection
 from corrsteer_pl.tasks import Task
 
 
-class Prompting(Method):
+class Prompting(Selecting):
     """Compares answers to the plain prompt with those to one that has more before it, the baseline that costs nothing.
 
     A fit takes the solved examples from the fit split and learns nothing else.
@@ -47,12 +51,15 @@ class Prompting(Method):
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
         llm = self.llm_name
-        self.save_hyperparameters()
+        # The data have options of the same names, and a logger takes only one value of each.
+        self.save_hyperparameters(logger=False)
         if shots < 0:
             raise UserError(f"model.shots is {shots}; it is a number of examples, at least 0.")
         if system_prompt is None and not shots:
             raise UserError("prompting has nothing to put before prompts. Set model.system_prompt or model.shots.")
         self.turns: list[str] = []
+        self.selection: Selection | None = None
+        self.snapshots: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """Take the solved examples.
@@ -73,6 +80,7 @@ class Prompting(Method):
                 "or take an instruction model with its template."
             )
         self.turns = [turn for example in solved for turn in (example.prompt, str(example.solution))]
+        self.selection, self.snapshots = None, []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learn nothing."""
@@ -95,19 +103,30 @@ class Prompting(Method):
         """Answers to the plain prompt, or to the one with more before it."""
         return super().answers(self.prompted(batch) if changed else batch, changed=False)
 
+    def conclude(self, rewards: Tensor) -> None:
+        """Say what the longer prompt reaches on the validation split."""
+        self.select_whole(rewards, "prompted")
+
+    def tables(self) -> list[Table]:
+        """What validation said."""
+        return [whole_table(self.selection)] if self.selection else []
+
     def comparison(self) -> Switched:
         """The model twice: the second time with another prompt."""
         return Switched([None, None])
 
     def state(self) -> dict[str, Any]:
-        """The solved examples."""
-        return {"turns": self.turns}
+        """The solved examples, and what validation said."""
+        selection = self.selection.as_dict() if self.selection else None
+        return {"turns": self.turns, "selection": selection, "snapshots": self.snapshots}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over the solved examples."""
+        """Take over the solved examples, and what validation said."""
         try:
             self.turns = [str(turn) for turn in state["turns"]]
-        except (KeyError, TypeError) as error:
+            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
+            self.snapshots = list(state["snapshots"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(f"its solved examples cannot be read ({one_line(error)})") from error
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from rich.table import Table
+from torch import Tensor
 
 from corrsteer_pl.evaluation.tables import selection_table
 from corrsteer_pl.files import write_json
 from corrsteer_pl.methods.base import Method
-from corrsteer_pl.selection import Selection
+from corrsteer_pl.selection import Feature, Selection
 
 
 class Selecting(Method):
@@ -46,6 +47,22 @@ class Selecting(Method):
         earlier = [snapshot for snapshot in self.snapshots if snapshot["samples"] != self.counted]
         self.snapshots = [*earlier, {**logged, "features": features}]
         self.log_validation(logged)
+
+    def select_whole(self, rewards: Tensor, score: str, features: tuple[Feature, ...] = ()) -> None:
+        """Take the change as it is, where there is nothing to choose among.
+
+        Args:
+            rewards: Those of a validation, ``(2, n)``.
+            score: How the change came about.
+            features: What it is about.
+        """
+        baseline, changed = rewards.mean(1)[:2].tolist()
+        self.selection = Selection(
+            rule="global", features=features, candidates=(), ranking=(), joint_reward=changed,
+            baseline_reward=baseline, samples=self.counted, reward=0.0, null_max_correlation=None,
+            score=score, llm=self.llm.identity, saes=self.saes_identity() or {},
+        ).marked()  # fmt: skip
+        self.take_snapshot(baseline, changed)
 
     def chosen(self) -> Selection:
         """The selection.

@@ -6,7 +6,7 @@ from corrsteer_pl import TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.prompting import Prompting
 from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import make_trainer
+from tests.conftest import make_trainer, run_here
 
 SMALL = {"train_size": 24, "val_size": 8, "test_size": 30}
 
@@ -18,6 +18,7 @@ def test_both_answers_are_those_to_their_own_prompts(tmp_path):
     )
     shown = data.examples["train"][:2]
     assert module.turns == [turn for example in shown for turn in (example.prompt, example.solution)]
+    assert module.selection.joint_reward is not None
     again, tested = Prompting("demo", shots=2), TaskDataModule(**SMALL)
     make_trainer().test(again, datamodule=tested, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     decoder = again.answering.decoder
@@ -27,6 +28,17 @@ def test_both_answers_are_those_to_their_own_prompts(tmp_path):
             assert decoder.generate(type("P", (), {"input_ids": ids, "attention_mask": mask})) == [answer]
     # As with shots for all prompts of the data module, but for which examples are shown.
     assert again.metrics["changed"] > 0
+
+
+def test_a_run_is_reported_as_others_are(tmp_path):
+    sizes = [f"--data.{name}={value}" for name, value in SMALL.items()]
+    quiet = "--trainer.enable_progress_bar=false"
+    run_here("fit", "--method=prompting", "--model.llm=demo", "--model.shots=2", quiet, *sizes,
+             "--trainer.default_root_dir=run", cwd=tmp_path)  # fmt: skip
+    run_here("test", "--ckpt_path=run/last.ckpt", quiet, cwd=tmp_path)
+    run_here("report", "run", cwd=tmp_path)
+    text = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert "A longer prompt for demo changes the reward on demo_qa from" in text
 
 
 def test_what_cannot_be_asked_is_told():

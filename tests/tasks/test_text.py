@@ -83,7 +83,7 @@ def path(tmp_path):
 
 def fitted(module):
     """A module that may be tested as it is."""
-    module.counted = 1
+    module.selection = "whatever"
     return module
 
 
