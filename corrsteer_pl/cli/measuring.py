@@ -28,8 +28,8 @@ from corrsteer_pl.methods.registry import DEFAULT
 SHARED = ("llm", "dtype", "llm_args", "candidate_batch_size")
 OF_SAES = ("saes", "sae_id", "sae_dtype", "sae_offload", "sae_revision", "layers", "site")
 READS = {"corrsteer": OF_SAES, "crisp": OF_SAES, "mean_difference": ("layers",)}
-# Each way of answering is timed so often.
-REPEATS = 5
+# Each way of answering is timed so often, on so many prompts.
+REPEATS, TIMED = 5, 8
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,9 @@ def _silently(args: list[str], tag: str | None = None) -> Any:
 
 @torch.no_grad()
 def extra_cost(method: Any) -> float:
-    """Extra time to answer a batch of the test with the change, as a share: the fastest of several tries each."""
-    batch = next(iter(method.datamodule.test_dataloader())).to(method.device)
+    """Extra time to answer some prompts of the test with the change, as a share: the fastest of several tries each."""
+    data = method.datamodule
+    batch = data.batch_of("test", range(min(TIMED, len(data.examples["test"])))).to(method.device)
     times: list[list[float]] = [[], []]
     for _ in range(REPEATS + 1):
         for changed, some in enumerate(times):
