@@ -1,5 +1,6 @@
 """``compare``: every system under one evaluation, on the same questions, with several seeds."""
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -10,10 +11,10 @@ from corrsteer_pl.cli.arguments import read_config, split_options
 from corrsteer_pl.cli.lightning import guarded
 from corrsteer_pl.cli.measuring import Plan, System, claimed, measure
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.evaluation.comparison import EXPLAINED, Cell, comma_separated, lines, markdown, picture
+from corrsteer_pl.evaluation.comparison import EXPLAINED, OWN, Cell, comma_separated, lines, markdown, picture
 from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.files import check_writable, write_between, write_json, write_utf8
-from corrsteer_pl.methods.registry import method_path
+from corrsteer_pl.methods.registry import method_class, method_path
 from corrsteer_pl.version import commit, machine
 
 SYSTEMS: dict[str, System] = {
@@ -32,7 +33,7 @@ SYSTEMS: dict[str, System] = {
     "crisp": System("crisp", {}),
     "finetune": System("finetune", {}),
     "finetune_lora": System("finetune", {"adapter": "lora"}),
-    "few_shot": System("prompting", {"shots": 4}),
+    "few_shot": System("prompting", {"examples": 4}),
 }
 OPTIONS = ("--out", "--seeds", "--systems", "--readme")
 
@@ -47,16 +48,17 @@ def run(args: list[str]) -> int:
 
 
 def _compare(args: list[str], given: dict[str, Any]) -> None:
-    configs, others = _split_lists(args[1:], "--config", "-c")
-    elsewhere, others = _split_lists(others, "--elsewhere")
-    methods, others = _split_lists(others, "--methods")
-    names = [name for some in methods for name in some.strip("[]").replace(",", " ").split()]
+    configs, others = split_options(args[1:], ("--config", "-c"))
+    elsewhere, others = split_options(others, ("--elsewhere",))
+    names, others = _split_lists(others, "--methods")
     _, others = split_options(others, OPTIONS)
     if any(argument.partition("=")[0] == "--method" for argument in others):
         raise UserError("compare takes several methods. Name systems with --methods.")
     if not configs:
         raise UserError("compare needs tasks. Name the configuration of each: --config demo.yaml.")
+    _check_names(configs, elsewhere)
     systems = _chosen(names, {**SYSTEMS, **dict(_more(given.get("systems")))})
+    _check_others(others, systems)
     out = Path(str(given.get("out", "checkpoints/compare")))
     check_writable(out, "--out")
     plans = [
@@ -72,11 +74,11 @@ def _compare(args: list[str], given: dict[str, Any]) -> None:
     _write(plans, out, given)
 
 
-def _split_lists(args: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
-    """The values of an option that takes several, or may be repeated, and all arguments but these.
+def _split_lists(args: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """The values of an option that takes several, separated by spaces or commas, and all arguments but these.
 
     Example:
-        >>> _split_lists(["--config", "a", "b", "--seeds", "2", "--config=c"], "--config", "-c")
+        >>> _split_lists(["--methods", "a", "b,c", "--seeds", "2"], "--methods")
         (['a', 'b', 'c'], ['--seeds', '2'])
     """
     words: list[str] = []
@@ -85,12 +87,46 @@ def _split_lists(args: Sequence[str], *names: str) -> tuple[list[str], list[str]
     for argument in args:
         if argument.startswith("-"):
             option, _, value = argument.partition("=")
-            taking = option in names
+            taking = option == name
             words += [value] if taking and value else []
             others += [] if taking else [argument]
         else:
             (words if taking else others).append(argument)
-    return words, others
+    return [word for some in words for word in some.strip("[]").replace(",", " ").split()], others
+
+
+def _check_names(configs: Sequence[str], elsewhere: Sequence[str]) -> None:
+    """Refuse tasks whose results would be kept in one place.
+
+    Raises:
+        UserError: Two configurations have one name, or one has a name that is taken.
+    """
+    for option, paths in (("--config", configs), ("--elsewhere", elsewhere)):
+        stems = [Path(path).stem for path in paths]
+        if twice := [stem for stem in stems if stems.count(stem) > 1]:
+            raise UserError(f"{option} names two configurations called {twice[0]!r}, by which tasks are called.")
+        if OWN in stems:
+            raise UserError(f"{option} names a configuration called {OWN!r}, as the task of a fit is. Rename it.")
+
+
+def _check_others(others: Sequence[str], systems: Mapping[str, System]) -> None:
+    """Refuse arguments that a system does not have, before the first is fitted.
+
+    Raises:
+        UserError: There are such.
+    """
+    for argument in others:
+        option = argument.partition("=")[0]
+        if not option.startswith("--model."):
+            continue
+        first = option.removeprefix("--model.").partition(".")[0]
+        for name, system in systems.items():
+            known = inspect.signature(method_class(system.method)).parameters
+            if first not in known:
+                raise UserError(
+                    f"{option} is no option of the system {name}. Choose systems that have it with --methods, or "
+                    "give it to some in a file for --systems."
+                )
 
 
 def _chosen(names: Sequence[str], known: Mapping[str, System]) -> dict[str, System]:

@@ -28,6 +28,8 @@ from corrsteer_pl.methods.registry import DEFAULT
 SHARED = ("llm", "dtype", "llm_args", "candidate_batch_size")
 OF_SAES = ("saes", "sae_id", "sae_dtype", "sae_offload", "sae_revision", "layers", "site")
 READS = {"corrsteer": OF_SAES, "crisp": OF_SAES, "mean_difference": ("layers",)}
+# Stands before the name of a test in the folder that it leaves, lest the end of another name pass for it.
+MARK = "compared-"
 # Each way of answering is timed so often, on so many prompts.
 REPEATS, TIMED = 5, 8
 
@@ -141,14 +143,14 @@ def _written(path: Path, config: dict[str, Any]) -> str:
 
 def _silently(args: list[str], tag: str | None = None) -> Any:
     """The method of a stage that has run; its tables are not shown, and a test's results are named after its tag."""
-    args = [*args, f"--results.tag={tag}"] if tag else args
+    args = [*args, f"--results.tag={MARK}{tag}"] if tag else args
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cli = run_once(args, given_options(args))
     if cli.trainer.received_sigterm:
         # Between the batches of a stage Lightning ends it; in the last one it notes the signal and does nothing.
         raise SIGTERMException
-    for found in (Path(cli.trainer.default_root_dir) / "test").glob(f"*-{tag}") if tag else ():
+    for found in (Path(cli.trainer.default_root_dir) / "test").glob(f"*-{MARK}{tag}") if tag else ():
         target = found.with_name(str(tag))
         target.mkdir(exist_ok=True)
         for file in found.iterdir():

@@ -15,6 +15,7 @@ from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Method
 from corrsteer_pl.methods.inspection import Inspection
+from corrsteer_pl.models.decoding.decode import repeated
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 
@@ -120,7 +121,9 @@ def _model(llm: LanguageModel) -> Table:
 def _memory(method: Method, inspection: Inspection, batch: Batch) -> Table:
     """Bytes of what stays, and of the largest pass of a validation."""
     llm, decoder = method.llm, method.answering.decoder
-    branches = llm.abilities.get("branches", False)
+    branches = llm.abilities.get("branches", False) and not method.task.by_likelihood
+    # Each option of an example that is answered by likelihood has a row of its own.
+    rows = repeated(batch, max(1, *(len(example.options) for example in batch.examples)))
     prompts = batch.input_ids.numel() * llm.cache_size_per_token * llm.model.dtype.itemsize
     parts = {
         "language model": sum(p.nbytes for p in llm.model.parameters()),
@@ -128,8 +131,8 @@ def _memory(method: Method, inspection: Inspection, batch: Batch) -> Table:
         f"keys and values of {len(batch.examples)} prompts": prompts,
     }
     if inspection.variants:
-        together = decoder.together(batch, inspection.variants, branches)
-        parts[f"{together} variants of them at once"] = together * decoder.size_of_variant(batch, branches)
+        together = decoder.together(rows, inspection.variants, branches)
+        parts[f"{together} variants of them at once"] = together * decoder.size_of_variant(rows, branches)
         validation = len(method.datamodule.examples["validation"])
         kept = min(decoder.keeps, prompts * validation // len(batch.examples))
         parts["validation prompts that are kept, about"] = kept

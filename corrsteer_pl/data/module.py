@@ -310,8 +310,15 @@ class TaskDataModule(LightningDataModule):
         return llm.prompt_ids(self.turns(example), self.uses_chat(llm), system)
 
     def option_ids(self, example: Example) -> list[list[int]]:
-        """Tokens of an example's options as they follow its prompt."""
+        """Tokens of an example's options as they follow its prompt.
+
+        Raises:
+            UserError: There are none, or one is empty.
+        """
         llm = self._module.llm
+        if not example.options or not all(option.strip() for option in example.options):
+            lack = "an empty option" if example.options else "no options"
+            raise UserError(f"{example.id} has {lack}, so its likelihood cannot be told. Mend or remove the row.")
         space = "" if self.uses_chat(llm) else " "
         return [llm.following_ids(space + option) for option in example.options]
 

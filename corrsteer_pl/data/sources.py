@@ -114,7 +114,9 @@ class RowSource:
     @property
     def name(self) -> str:
         """What the data set is called among several: its id on the Hub, or the name of its file or folder."""
-        return self.path if self.local is None else self.local.stem
+        if self.local is None:
+            return self.path
+        return self.local.stem if self.local.is_file() else self.local.resolve().name
 
     def _rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
         if self.local is None:
@@ -122,10 +124,11 @@ class RowSource:
         name, part = _part_of(split)
         if not (files := self._files(name)):
             raise self.without(name)
-        return [
-            numbered for file in files
-            for numbered in _sliced(_numbered(_named(read_rows(file), _parts(file)[0]), file.stem), part)
-        ]  # fmt: skip
+        found: dict[str | None, list[tuple[str, dict[str, Any]]]] = {}
+        for file in files:
+            subset = _parts(file)[0]
+            found.setdefault(subset, []).extend(_numbered(_named(read_rows(file), subset), file.stem))
+        return [row for rows in found.values() for row in _sliced(rows, part)]
 
     def without(self, split: str) -> UserError:
         """The error for a split that does not exist."""
@@ -203,12 +206,19 @@ def _parts(file: Path) -> tuple[str | None, str]:
 def _part_of(split: str) -> tuple[str, str | None]:
     """Name of a split, and which part of it is meant, None for all.
 
+    Raises:
+        UserError: The part is none.
+
     Example:
         >>> _part_of("train[:80%]"), _part_of("train")
         (('train', '[:80%]'), ('train', None))
     """
-    found = re.fullmatch(r"([^\[]+)(\[-?\d*%?:-?\d*%?\])", split)
-    return (found[1], found[2]) if found else (split, None)
+    name, bracket, rest = split.partition("[")
+    if not bracket:
+        return split, None
+    if not re.fullmatch(r"(-?\d+%?)?:(-?\d+%?)?\]", rest):
+        raise UserError(f"the split {split!r} is no part of {name}; parts are such as {name}[:80%] or {name}[100:200].")
+    return name, bracket + rest
 
 
 def _sliced(rows: list[Any], part: str | None) -> list[Any]:

@@ -10,14 +10,30 @@ from corrsteer_pl.evaluation.run import Run, Test
 PROGRAM = "python -m corrsteer_pl"
 # Options of the fit that a reader asks for.
 SHOWN = {
-    "model": ("llm", "saes", "rule", "sign", "pool", "coefficient", "score", "scale", "positions", "control"),
+    "model": (
+        "llm",
+        "saes",
+        "rule",
+        "sign",
+        "pool",
+        "coefficient",
+        "score",
+        "scale",
+        "positions",
+        "control",
+        "system_message",
+        "examples",
+    ),
     "data": ("task", "path", "train_size", "val_size", "chat_template", "shots", "restrict", "seed"),
 }
 
 
 def settings(run: Run) -> dict[str, Any]:
     """The options of a fit that a reader asks for, by dotted name."""
-    return {f"{part}.{name}": run.option(part, name) for part, names in SHOWN.items() for name in names}
+    return {
+        f"{part}.{name}": run.option(part, name)
+        for part, names in SHOWN.items() for name in names if name in run.options(part)
+    }  # fmt: skip
 
 
 def options_of_test(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,11 +74,12 @@ def missing(run: Run, test: Test | None, record: Mapping[str, Any]) -> list[tupl
     if test is not None and "noise_floor" not in test.metrics:
         again = f"{tested} --model.noise_floor true"
         found.append(("How many answers rounding alone changes was not measured", again))
-    if run.selection.control == "none":
+    searches = run.selection.null_max_correlation is not None
+    if searches and run.selection.control == "none":
         for control in ("shuffled_rewards", "random_features"):
             again = f"{fit} --model.control {control} --trainer.default_root_dir {run.beside(f'_{control}')}"
             found.append((f"The control {control} is a fit of its own, to be tested and compared", again))
-    if not run.selection.null_maxima:
+    if searches and not run.selection.null_maxima:
         found.append(("The rewards were not permuted, so there are no p-values", f"{fit} --model.permutations 32"))
     return found
 

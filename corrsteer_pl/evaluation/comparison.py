@@ -82,7 +82,8 @@ class Line:
     Rewards and differences are in [0, 1]; the interval is that of the mean paired difference over the questions, each
     with its mean over the seeds, and does not contain what another choice of questions for the fit would change; that
     is what the deviation over seeds says. Elsewhere is the mean over other tasks, which are there by name as well.
-    Measures are those of the tasks, without the change and with it.
+    Measures are those of the tasks, without the change and with it. Refusals are those of single seeds, which then
+    do not count.
     """
 
     task: str
@@ -104,6 +105,7 @@ class Line:
     refused: str | None = None
     measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     elsewhere_by_task: Mapping[str, float] = field(default_factory=dict)
+    refusals: Sequence[str] = ()
 
 
 def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
@@ -118,10 +120,12 @@ def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
 
 
 def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
-    first = cells[0][1]
-    if first.refused is not None:
+    refused = [cell for _, cell in cells if cell.refused is not None]
+    if len(refused) == len(cells):
         nothing = (0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None, None, 0.0, 0.0, 0.0, 0.0)
-        return Line(first.task, first.system, *nothing, refused=first.refused)
+        return Line(refused[0].task, refused[0].system, *nothing, refused=refused[0].refused)
+    cells = [(folder, cell) for folder, cell in cells if cell.refused is None]
+    first = cells[0][1]
     differences: dict[str, list[float]] = {}
     for folder, _ in cells:
         for row in read_rows(folder / "test" / OWN / "outcomes.jsonl"):
@@ -131,9 +135,8 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
     half = Z_95 * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
     metrics = [cell.metrics or {} for _, cell in cells]
     by_seed = [m["difference"] for m in metrics]
-    others = {
-        name: [cell.elsewhere[name] for _, cell in cells if cell.elsewhere] for name in first.elsewhere or {}
-    }  # fmt: skip
+    everywhere = [cell.elsewhere or {} for _, cell in cells]
+    others = {name: [e[name] for e in everywhere] for name in everywhere[0] if all(name in e for e in everywhere)}
     elsewhere = {name: statistics.fmean(m["difference"] for m in some) for name, some in others.items()}
     measures = _measures(metrics)
     for name, some in others.items():
@@ -151,6 +154,7 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
         side_effect_ratio=side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
         elsewhere=statistics.fmean(elsewhere.values()) if elsewhere else None,
         elsewhere_by_task=elsewhere, measures=measures,
+        refusals=[f"seed {cell.seed}: {cell.refused}" for cell in refused],
         size=over("size"), examples=over("examples"), seconds=over("seconds"), cost=over("cost"),
     )  # fmt: skip
 
@@ -181,10 +185,10 @@ def markdown(table: Sequence[Line], note: str) -> str:
         unchanged = f"{100 * fitted[0].reward_baseline:.1f} %, {fitted[0].n} questions" if fitted else "not measured"
         rows = "".join(f"| {' | '.join(_cells(line))} |\n" for line in fitted)
         head = f"**{task}** (unchanged model: {unchanged})\n\n| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|\n"
-        refused = "".join(f"- {line.system}: {line.refused}\n" for line in mine if line.refused is not None)
+        unfit = {line.system: line.refused or " ".join(line.refusals) for line in mine}
         rows += _listed("Elsewhere", {line.system: _by_task(line) for line in fitted})
         rows += _listed("Measures", {line.system: _measured(line) for line in fitted})
-        parts.append(head + rows + (f"\nNot for this task:\n\n{refused}" if refused else ""))
+        parts.append(head + rows + _listed("Not for this task", unfit))
     return "\n".join([*parts, note])
 
 

@@ -15,7 +15,7 @@ from corrsteer_pl.models.decoding.kept import KeptPrompts
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.stats import Probe
-from corrsteer_pl.tasks import Task, rewards_of
+from corrsteer_pl.tasks import Task, rewards_of, users_own
 
 # A text is read in one forward pass, so all of its positions are steered.
 EVERYWHERE = Schedule("all")
@@ -106,14 +106,15 @@ class Weighing(Generating):
     def texts(self, batch: Batch, variants: Intervention, kept: KeptPrompts | None = None) -> list[list[str]]:
         """What is likeliest under each variant."""
         options = [self.data.option_ids(example) for example in batch.examples]
-        nats = self.decoder.log_likelihoods(batch, options, variants)
-        return [
-            [
-                self.task.likeliest(example, of_variants[variant].tolist(), list(map(len, some)))
-                for example, of_variants, some in zip(batch.examples, nats, options, strict=True)
+        nats = self.decoder.log_likelihoods(batch, options, variants, kept)
+        with users_own(f"likeliest of {type(self.task).__name__}"):
+            return [
+                [
+                    self.task.likeliest(example, of_variants[variant].tolist(), list(map(len, some)))
+                    for example, of_variants, some in zip(batch.examples, nats, options, strict=True)
+                ]
+                for variant in range(len(variants))
             ]
-            for variant in range(len(variants))
-        ]
 
 
 def answered(decoder: Decoder, task: Task, data: TaskDataModule, reverse: bool = False) -> Generating:

@@ -16,7 +16,7 @@ from corrsteer_pl.selection import Strength
 from corrsteer_pl.strategy import all_reduce_sum
 
 # Where a budget's prompts may come from, beside its limits.
-DATA = ("task", "path", "revision", "subset", "task_args", "filter", "balance", "val_split")
+DATA = ("task", "path", "revision", "subset", "task_args", "filter", "balance", "val_split", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Budget:
         if not self.data:
             return like
         shared = {name: like.hparams[name] for name in ("batch_size", "chat_template", "sort_by_length", "seed")}
-        other = TaskDataModule(**self.data, val_size=self.size, **shared)
+        other = TaskDataModule(**{**shared, **self.data}, val_size=self.size)
         other.trainer = like.trainer
         other.setup("validate")
         return other

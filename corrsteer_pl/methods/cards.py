@@ -101,7 +101,9 @@ def observed(method: Any, rows: Sequence[int], everywhere: bool) -> dict[int, Ob
             batch.rows, batch.examples, texts, answering.rewards(texts, batch).tolist(), strict=True
         ):
             prompt = data.token_ids(example, data.fit_task)
-            answer = method.llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            # What is said of likelihoods was not read.
+            written = "" if data.fit_task.by_likelihood else text
+            answer = method.llm.tokenizer(written, add_special_tokens=False)["input_ids"]
             if data.fit_task.generates and not everywhere:
                 # The step that reads the last prompt token counts, the one that reads the last new token does not.
                 counted = range(len(prompt) - 1, max(len(prompt), len(prompt) + len(answer) - 1))

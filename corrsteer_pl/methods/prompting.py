@@ -29,21 +29,21 @@ class Prompting(Selecting):
 
     Args:
         llm: Path or Hub id of a causal language model, a GGUF file, or ``demo``.
-        system_prompt: A system message, where prompts are put into a chat template.
-        shots: How many solved examples stand before each prompt.
+        system_message: Stands first, where prompts are put into a chat template; in place of ``data.system_prompt``.
+        examples: How many solved examples stand before each prompt, beside ``data.shots``.
         dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``.
         llm_args: Further options for loading the model.
         candidate_batch_size: As for other methods.
         noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
     """
 
-    settings = Settings(settled=("shots",), tested=("system_prompt", "dtype", "llm_args"))
+    settings = Settings(settled=("examples",), tested=("system_message", "dtype", "llm_args"))
 
     def __init__(
         self,
         llm: str,
-        system_prompt: str | None = None,
-        shots: int = 0,
+        system_message: str | None = None,
+        examples: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
@@ -51,33 +51,40 @@ class Prompting(Selecting):
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
         llm = self.llm_name
-        # The data have options of the same names, and a logger takes only one value of each.
-        self.save_hyperparameters(logger=False)
-        if shots < 0:
-            raise UserError(f"model.shots is {shots}; it is a number of examples, at least 0.")
-        if system_prompt is None and not shots:
-            raise UserError("prompting has nothing to put before prompts. Set model.system_prompt or model.shots.")
+        self.save_hyperparameters()
+        if examples < 0:
+            raise UserError(f"model.examples is {examples}; it is a number of examples, at least 0.")
+        if system_message is None and not examples:
+            raise UserError("prompting has nothing to put before prompts. Set model.system_message or model.examples.")
         self.turns: list[str] = []
         self.selection: Selection | None = None
         self.snapshots: list[dict[str, Any]] = []
+
+    def setup(self, stage: str) -> None:
+        """Set up, and see that there is a place for the system message.
+
+        Raises:
+            UserError: There is none.
+        """
+        super().setup(stage)
+        if self.hparams["system_message"] is not None and not self.datamodule.uses_chat(self.llm):
+            raise UserError(
+                "model.system_message needs a chat template, but prompts are not put into one. Leave it out, or take "
+                "an instruction model with its template."
+            )
 
     def begin(self) -> None:
         """Take the solved examples.
 
         Raises:
-            UserError: There are too few, or there is no chat template for a system message.
+            UserError: There are too few.
         """
-        count, examples = self.hparams["shots"], self.datamodule.examples["train"]
+        count, examples = self.hparams["examples"], self.datamodule.examples["train"]
         solved = [example for example in examples if example.solution is not None][:count]
         if len(solved) < count:
             raise UserError(
-                f"model.shots is {count}, but the fit split has {len(solved)} examples with a solution to show. Set it "
-                "lower, or leave it out."
-            )
-        if self.hparams["system_prompt"] is not None and not self.datamodule.uses_chat(self.llm):
-            raise UserError(
-                "model.system_prompt is a system message, but prompts are not put into a chat template. Leave it out, "
-                "or take an instruction model with its template."
+                f"model.examples is {count}, but the fit split has {len(solved)} examples with a solution to show. Set "
+                "it lower, or leave it out."
             )
         self.turns = [turn for example in solved for turn in (example.prompt, str(example.solution))]
         self.selection, self.snapshots = None, []
@@ -92,7 +99,7 @@ class Prompting(Selecting):
 
     def prompted(self, batch: Batch) -> Batch:
         """The batch with more before each prompt."""
-        data, system = self.datamodule, self.hparams["system_prompt"]
+        data, system = self.datamodule, self.hparams["system_message"]
         chat = data.uses_chat(self.llm)
         system = data.hparams["system_prompt"] if system is None else system
         rows = [self.llm.prompt_ids([*self.turns, *data.turns(e)], chat, system) for e in batch.examples]

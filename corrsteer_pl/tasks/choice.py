@@ -33,12 +33,13 @@ class MultipleChoice(Task):
         chain_of_thought: Ask for reasoning, and judge the last letter that is called the answer.
         max_new_tokens: Longest response; None for one token, or 256 with chain of thought.
         likelihood: Take for the answer the option whose text is the likeliest per byte after the prompt, instead of
-            letting the model write a letter, which small models hardly can. Its default template shows no options.
+            letting the model write a letter, which small models hardly can.
         unlearn: Columns, each with the values at which a question is one to be unlearnt: then every answer but the
             right one is rewarded, and accuracies of both kinds are reported. None for no such question.
         template: The prompt, with the fields ``{question}``, ``{options}`` (a line for each, ``A. red``),
             ``{letters}`` (``A, B, C, or D``), ``{instruction}`` (by default ``Choose one of {letters} only.``
-            and a line ``Answer:``; with chain of thought, what asks for reasoning), and any column of the row.
+            and a line ``Answer:``; with chain of thought, what asks for reasoning), and any column of the row. None
+            for all three, one after the other; with ``likelihood``, for the question and a line ``Answer:``.
 
     Example:
         >>> task = MultipleChoice()
@@ -68,7 +69,7 @@ class MultipleChoice(Task):
         max_new_tokens: int | None = None,
         likelihood: bool = False,
         unlearn: Mapping[str, Sequence[Any]] | None = None,
-        template: str = TEMPLATE,
+        template: str | None = None,
     ) -> None:
         self.unlearn = unlearn
         if not 2 <= options <= len(ascii_uppercase):
@@ -78,9 +79,9 @@ class MultipleChoice(Task):
         if likelihood and (chain_of_thought or max_new_tokens is not None):
             name = "chain_of_thought" if chain_of_thought else "max_new_tokens"
             raise UserError(f"data.task_args.likelihood lets the model write nothing, so leave {name} out.")
-        template = PLAIN if likelihood and template == TEMPLATE else template
         self.by_likelihood = likelihood
-        self.template = Template(template, "data.task_args.template", self.computed)
+        usual = PLAIN if likelihood else TEMPLATE
+        self.template = Template(usual if template is None else template, "data.task_args.template", self.computed)
         check_instruction(self.template, chain_of_thought)
         self.shuffle, self.chain_of_thought = shuffle, chain_of_thought
         longest = 256 if chain_of_thought else 1
@@ -118,8 +119,9 @@ class MultipleChoice(Task):
         )  # fmt: skip
 
     def likeliest(self, example: Example, nats: Sequence[float], tokens: Sequence[int]) -> str:
-        """The letter of the option that is the likeliest per byte."""
-        return self.letters[likeliest_option(example, nats)]
+        """The letter of the option that is the likeliest per byte; the right one of several that say the same."""
+        chosen = likeliest_option(example, nats)
+        return example.gold if example.options[chosen] == example.solution else self.letters[chosen]
 
     @property
     def reward_name(self) -> str:

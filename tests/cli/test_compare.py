@@ -145,6 +145,9 @@ def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
         (["--config", "demo.yaml", "--method", "rosi"], "compare takes several methods. Name systems with --methods"),
         (["--config", "demo.yaml", "--seeds", "0"], "--seeds is 0; it is a number of seeds, at least 1"),
         (["--config", "demo.yaml", "--systems", "bad.yaml"], "bad.yaml names no method for mine. Give it one"),
+        (["--config", "demo.yaml", "--config", "x/demo.yaml"], "--config names two configurations called 'demo'"),
+        (["--config", "demo.yaml", "--elsewhere", "x/own.yaml"], "--elsewhere names a configuration called 'own'"),
+        (["--config", "demo.yaml", "--model.topm", "2"], "--model.topm is no option of the system contrastive"),
         (["--config", "demo.yaml", "--seeds", "1", "stray.yaml"], "unrecognized arguments: stray.yaml"),
         (["--config", "demo.yaml", "--methds", "raw"], "there is no option methds; the nearest are methods"),
     ],
@@ -152,6 +155,9 @@ def test_a_line_over_seeds_is_pooled_by_question(tmp_path):
 def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("mine: {lr: 1}\n", encoding="utf-8")
+    (tmp_path / "x").mkdir()
+    for name in ("demo", "own"):
+        (tmp_path / f"x/{name}.yaml").write_text("data: {task: demo_qa}\n", encoding="utf-8")
     assert main(["compare", *args]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -182,6 +188,17 @@ def test_elsewhere_is_what_its_own_configuration_says(tmp_path, monkeypatch):
     assert main(["compare", "--config", "reversed.yaml", *args]) == 0
     cell = Cell.read(tmp_path / "checkpoints/compare/cells/reversed/few_shot-0")
     assert cell.elsewhere["straight"]["reward_baseline"] == pytest.approx(1 - cell.metrics["reward_baseline"])
+
+
+def test_a_seed_without_a_fit_leaves_those_with_one(tmp_path):
+    write_jsonl(tmp_path / "0/test/own/outcomes.jsonl", [{"id": "q", "reward_baseline": 0.0, "reward_steered": 1.0}])
+    metrics = {"reward_baseline": 0.0, "reward_steered": 1.0, "difference": 1.0, "better": 1, "worse": 0}
+    fitted = (tmp_path / "0", Cell("t", "s", 0, "x", "c", "m", metrics=metrics))
+    unfit = (tmp_path / "1", Cell("t", "s", 1, "x", "c", "m", refused="all rewards are equal."))
+    for cells in ([fitted, unfit], [unfit, fitted]):
+        (line,) = lines(cells)
+        assert (line.seeds, line.difference, line.refused) == (1, 1.0, None)
+        assert "Not for this task:\n\n- s: seed 1: all rewards are equal.\n" in markdown([line], "")
 
 
 def test_configurations_of_several_methods_go_together(tmp_path, monkeypatch):

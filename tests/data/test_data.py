@@ -316,6 +316,22 @@ def test_a_part_of_a_split_is_named_as_on_the_hub(in_a_folder, tmp_path):
         module(tmp_path if in_a_folder else tmp_path / "train.jsonl", test_split="dev[:5]").setup("test")
 
 
+@pytest.mark.parametrize("part", ["[: 50%]", "[:5o%]", "[50%]", "[:1.5%]", "[:50%", "[%:]", "[-:]"])
+def test_a_part_that_is_none_is_told(part, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", rows(20, "t"))
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(UserError, match=r"is no part of train; parts are such as train\[:80%\]"):
+            module(path, test_split=f"train{part}").setup("test")
+
+
+def test_parts_are_of_the_split_and_not_of_its_files(tmp_path):
+    for file in (0, 1):
+        write_jsonl(tmp_path / f"train-0000{file}-of-00002.jsonl", rows(10, f"{file}-"))
+    data = module(tmp_path, test_split="train[8:12]")
+    data.setup("test")
+    assert sorted(e.prompt.partition("-")[0] for e in data.examples["test"]) == ["0", "0", "1", "1"]
+
+
 def test_texts_that_begin_alike_are_told_apart(tmp_path):
     write_jsonl(tmp_path / "all.jsonl", [{"text": f"Once upon a time {i}."} for i in range(20)])
     data = TaskDataModule("text", str(tmp_path / "all.jsonl"))

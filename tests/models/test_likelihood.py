@@ -8,7 +8,8 @@ from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs
 from corrsteer_pl.interventions.steering import POSITIONS, Schedule, SteeringVectors
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.models.decoding.decode import Decoder
-from tests.architectures import PROMPTS, WIDTH, batch_of, vectors
+from corrsteer_pl.models.decoding.kept import KeptPrompts
+from tests.architectures import PROMPTS, WIDTH, batch_of, make_tiny, vectors
 
 OPTIONS = [[[40, 41, 42], [43]], [[5], [6, 7], [8, 9, 10, 11]], [[300, 2]], [[12, 13], [12, 14]]]
 
@@ -69,6 +70,35 @@ def test_edits_and_batches_change_nothing_else(llm):
         edited = sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(options[0]))
         assert nats[1, 0].item() == pytest.approx(edited, abs=1e-3)
         assert nats[1, 0].item() != pytest.approx(nats[0, 0].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_options_cross_a_sliding_window(name, llm):
+    model, prompts = make_tiny(name, llm.tokenizer), [[1, 17, 250, 33, 9], [1, 400]]
+    options = [[[40 + i for i in range(length)] for length in lengths] for lengths in ((2, 6, 20), (8,))]
+    found = Decoder(model, 1).log_likelihoods(batch_of(model, prompts), options, Switched([None]))
+    for prompt, some, nats in zip(prompts, options, found, strict=True):
+        expected = [naive(model, prompt, option) for option in some]
+        torch.testing.assert_close(nats[0], torch.tensor(expected).double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_short_option_beside_a_long_one_stays_in_the_context(name, llm):
+    model = make_tiny(name, llm.tokenizer)
+    prompts = [[1, *range(100, 223)], [1, 5]]
+    options = [[[7, 8, 9, 10]], [list(range(20, 40))]]
+    found = Decoder(model, 1).log_likelihoods(batch_of(model, prompts), options, Switched([None]))
+    for prompt, (option,), nats in zip(prompts, options, found, strict=True):
+        assert nats.item() == pytest.approx(naive(model, prompt, option), rel=1e-4)
+
+
+def test_prompts_that_are_kept_are_not_read_again(llm, monkeypatch):
+    kept, batch, decoder = KeptPrompts(10**9), batch_of(llm), Decoder(llm, 1)
+    variants = SteeringVectors.stack([{}, vectors(width=128)])
+    first = decoder.log_likelihoods(batch, OPTIONS, variants, kept)
+    monkeypatch.setattr(Decoder, "_prefill", lambda *_, **__: pytest.fail("read again"))
+    for one, other in zip(first, decoder.log_likelihoods(batch, OPTIONS, variants, kept), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_vector_that_overflows_is_named(tiny):

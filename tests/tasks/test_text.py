@@ -8,6 +8,7 @@ import torch
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
+from corrsteer_pl.methods.cards import observed
 from corrsteer_pl.methods.finetune import Finetune
 from corrsteer_pl.methods.prompting import Prompting
 from corrsteer_pl.tasks import make_task
@@ -27,6 +28,9 @@ def test_options_are_weighed_per_byte_and_not_shown():
     assert task.likeliest(example, [-4.0, -12.0, -20.0], [1, 3, 3]) == "A"
     assert task.reward(["B", "A"], [example] * 2) == [1, 0]
     assert task.answers is None
+    # Two options that say the same are equally right.
+    alike = task.example({**ROW, "choices": ["blue", "blue", "red"]}, "r")
+    assert (alike.gold, task.likeliest(alike, [-1.0, -1.0, -9.0], [1, 1, 1])) == ("B", "B")
     own = make_task("choice", {"likelihood": True, "template": "{question}\n{options}\n="}).example(ROW, "r")
     assert own.prompt == "The sky is\nA. green\nB. blue and wide\nC. made of cheese\n="
 
@@ -128,13 +132,35 @@ def last_activation(llm, sae, row):
 @pytest.mark.parametrize("method", ["finetune", "prompting"])
 def test_the_rivals_learn_from_the_text_of_the_right_option(method, path):
     data = TaskDataModule("choice", path, {"likelihood": True}, batch_size=4)
-    module = Finetune("demo", lr=1e-3) if method == "finetune" else Prompting("demo", shots=2)
+    module = Finetune("demo", lr=1e-3) if method == "finetune" else Prompting("demo", examples=2)
     trainer = make_trainer()
     trainer.fit(module, datamodule=data)
+    first = data.examples["train"][0]
+    row = next(row for row in QUESTIONS if first.prompt.startswith(row["question"]))
+    right = row["choices"][row["answer"]]
     if method == "prompting":
-        assert module.turns[1] in QUESTIONS[0]["choices"]
+        assert module.turns[:2] == [first.prompt, right]
+        return
+    assert module.llm.tokenizer.decode(module.answer_ids(first)).strip() == right
     trainer.test(module, datamodule=data, verbose=False)
-    assert {o.answer_steered for o in module.outcomes} <= set("ABCD")
+    assert module.metrics["changed"] > 0
+
+
+def test_options_without_text_are_told(tmp_path):
+    for choices, lack in ((["", "x"], "an empty option"), ([" ", "x"], "an empty option")):
+        write_jsonl(tmp_path / "train.jsonl", [{**row, "choices": choices, "answer": 1} for row in QUESTIONS])
+        data = TaskDataModule("choice", str(tmp_path / "train.jsonl"), {"likelihood": True})
+        with pytest.raises(UserError, match=f"has {lack}, so its likelihood cannot be told. Mend or remove the row"):
+            make_trainer().fit(Prompting("demo", examples=1), datamodule=data)
+
+
+def test_cards_show_what_was_read(path):
+    data = TaskDataModule("choice", path, {"likelihood": True}, batch_size=5)
+    module = CorrSteer("demo", "demo", rule="all", check_alignment="off", permutations=0)
+    make_trainer().fit(module, datamodule=data)
+    for place, seen in observed(module, [0, 3], everywhere=False).items():
+        prompt = data.token_ids(data.examples["train"][place], data.fit_task)
+        assert (seen.ids, list(seen.counted)) == (prompt, [len(prompt) - 1])
 
 
 def test_letters_are_not_forced_upon_options_that_are_weighed(path):
@@ -147,7 +173,7 @@ def test_a_prompt_whose_longest_option_exceeds_the_context_is_left_out(path, llm
     monkeypatch.setattr(llm.config, "max_position_embeddings", longest)
     long = {**QUESTIONS[0], "question": "Who?", "choices": ["a", "b " * longest]}
     write_jsonl(tmp_path / "test.jsonl", [*QUESTIONS[:9], long])
-    module = fitted(Prompting("demo", shots=1))
+    module = fitted(Prompting("demo", examples=1))
     module.llm = llm
     data = TaskDataModule("choice", str(tmp_path), {"likelihood": True})
     with pytest.warns(UserWarning, match=f"exceeds the context of demo .{longest}.: 1 of 10 test prompts are left out"):
@@ -159,7 +185,7 @@ def test_what_is_to_be_unlearnt_is_rewarded_for_its_loss(tmp_path):
     found = {}
     for reverse in (False, True):
         data = TaskDataModule("text", str(tmp_path / "train.jsonl"), reverse=reverse)
-        module = fitted(Prompting("demo", shots=1))
+        module = fitted(Prompting("demo", examples=1))
         make_trainer().test(module, datamodule=data, verbose=False)
         found[reverse] = module.metrics
     loss, outcomes = found[False]["measures"]["loss"]["baseline"], module.outcomes

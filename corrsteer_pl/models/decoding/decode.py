@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -170,7 +171,11 @@ class Decoder:
 
     @torch.no_grad()
     def log_likelihoods(
-        self, prompts: Prompts, options: Sequence[Sequence[Sequence[int]]], variants: Intervention
+        self,
+        prompts: Prompts,
+        options: Sequence[Sequence[Sequence[int]]],
+        variants: Intervention,
+        kept: KeptPrompts | None = None,
     ) -> list[Tensor]:
         """How likely texts are after their prompts under each variant.
 
@@ -178,8 +183,9 @@ class Decoder:
 
         Args:
             prompts: The prompts.
-            options: Tokens of the texts that may follow each prompt.
+            options: Tokens of the texts that may follow each prompt, at least one of each.
             variants: What is compared.
+            kept: Where prompts are kept for further variants, as in :meth:`compare`.
 
         Returns:
             Of each prompt the log-likelihoods of its options in nats, ``(variants, options)`` float64.
@@ -188,15 +194,18 @@ class Decoder:
             UserError: Activations of the model overflow under a variant.
         """
         require_rows(self.llm)
-        counts, ids = [len(some) for some in options], prompts.input_ids
+        counts, ids = list(map(len, options)), prompts.input_ids
         sample = torch.arange(len(ids), device=ids.device).repeat_interleave(torch.tensor(counts, device=ids.device))
         wanted = padded_right([option for some in options for option in some]).to(ids.device)  # (N, longest)
         each = Padded(ids[sample], prompts.attention_mask[sample])
-        laid, cache = (prompts, None) if variants.changes_prompt else self._prefill(prompts)
+        decoder = copy(self)
+        decoder.max_new_tokens = wanted.shape[1]
+        size = decoder.together(each, len(variants), most_together=variants.most_together)
+        size, (laid, cache) = decoder._prepared(prompts, variants, size, False, kept)
         found = []
-        for group in self.groups(each, variants):
+        for group in variants.groups(size):
             count = len(group)
-            run, last = self._in_rows(group, laid, cache)
+            run, last = decoder._in_rows(group, laid, cache)
             # Rows are prompts with their variants side by side; of each there is one for every option.
             rows = (sample.unsqueeze(1) * count + torch.arange(count, device=ids.device)).flatten()
             run.pick(rows)
@@ -206,11 +215,14 @@ class Decoder:
             found.append(nats.view(-1, count))
         return [nats.T for nats in torch.cat(found, dim=1)[:, : len(variants)].cpu().split(counts)]
 
-    def _forced(self, run: Run, tokens: Tensor, wanted: Tensor) -> Tensor:
+    def _forced(self, run: BatchRows, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Log-likelihoods ``(rows,)`` float64 of the tokens ``wanted (rows, longest)``, filled up with -1."""
+        # A text that has ended stays where it is, lest it leave the model's context.
+        ends = run.next + (wanted >= 0).sum(1, keepdim=True) - 1
         total = torch.zeros(len(wanted), dtype=torch.float64, device=wanted.device)
         for next_ones in wanted.split(1, dim=1):
             log_p = run.forward(tokens)[:, 0].float().log_softmax(-1)
+            run.next = torch.minimum(run.next, ends)
             tokens = next_ones.clamp(min=0)
             total += torch.where(next_ones >= 0, log_p.gather(1, tokens), 0.0)[:, 0].double()
         return total
@@ -218,21 +230,35 @@ class Decoder:
     def _compare(
         self, prompts: Prompts, variants: Intervention, branches: bool, kept: KeptPrompts | None
     ) -> list[list[str]]:
-        before, exact = kept.find(prompts) if kept else None, self.llm.model.dtype == torch.float32
         size = self.together(prompts, len(variants), branches, variants.most_together)
-        if before and not exact:
+        size, (laid, cache) = self._prepared(prompts, variants, size, branches, kept)
+        # In low precision rounding depends on the shape of a forward pass, so all groups have to keep the same shape.
+        drop = self._is_exact or (size >= len(variants) and kept is None)
+        groups = variants.groups(size)
+        texts = [text for group in groups for text in self._continue(group, laid, cache, branches, drop)]
+        return texts[: len(variants)]
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the shape of a forward pass hardly changes its results."""
+        return self.llm.model.dtype == torch.float32
+
+    def _prepared(
+        self, prompts: Prompts, variants: Intervention, size: int, branches: bool, kept: KeptPrompts | None
+    ) -> tuple[int, tuple[Prompts, Any]]:
+        """How many variants share a forward pass, ``size`` unless they did otherwise before; and what was read.
+
+        Prompts whose keys and values depend on the variant come without a cache.
+        """
+        before = kept.find(prompts) if kept else None
+        if before and not self._is_exact:
             size = before.together
         read = before.read if before else None
         if read is None and not variants.changes_prompt:
             read = self._prefill(prompts, branches=size if branches else 0)
         if kept and before is None:
             kept.keep(prompts, size, read)
-        laid, cache = read or (prompts, None)
-        # In low precision rounding depends on the shape of a forward pass, so all groups have to keep the same shape.
-        drop = exact or (size >= len(variants) and kept is None)
-        groups = variants.groups(size)
-        texts = [text for group in groups for text in self._continue(group, laid, cache, branches, drop)]
-        return texts[: len(variants)]
+        return size, read or (prompts, None)
 
     def _continue(
         self, group: Intervention, prompts: Prompts, cache: Any, branches: bool, drop: bool
@@ -262,14 +288,14 @@ class Decoder:
         return Branches(self.llm, cache, prompts.attention_mask, count), prompts.input_ids[:, -1:].expand(-1, count)
 
     def _in_rows(self, group: Intervention, prompts: Prompts, cache: Any) -> tuple[BatchRows, Tensor]:
-        count, repeated = len(group), _repeated(prompts, len(group))
+        count, rows = len(group), repeated(prompts, len(group))
         if cache is None:
             with group.attached(self.llm.model):
-                _, own = self._prefill(repeated, share=False)
+                _, own = self._prefill(rows, share=False)
         else:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
-        return self._rows(own, repeated, variants=count), repeated.input_ids[:, -1:]
+        return self._rows(own, rows, variants=count), rows.input_ids[:, -1:]
 
     def _rows(
         self, cache: DynamicCache, prompts: Prompts, unread: Tensor | None = None, variants: int = 1
@@ -334,7 +360,7 @@ class Decoder:
         if variants is not None:
             if len(variants) > (variants.most_together or len(variants)):
                 raise ValueError(f"{len(variants)} variants cannot share a forward pass; read the groups of groups()")
-            prompts = _repeated(prompts, len(variants))
+            prompts = repeated(prompts, len(variants))
         ids, mask = prompts.input_ids, prompts.attention_mask
         # The reader is attached last, so that it reads what the intervention has changed.
         with variants.attached(self.llm.model) if variants else nullcontext(), reader.attached(self.llm.model):
@@ -480,10 +506,11 @@ def padded_right(rows: Sequence[Sequence[int]]) -> Tensor:
         tensor([[ 1,  2],
                 [ 3, -1]])
     """
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-1)
 
 
-def _repeated(prompts: Prompts, copies: int) -> Prompts:
+def repeated(prompts: Prompts, copies: int) -> Prompts:
     """A batch with every sample repeated ``copies`` times, in adjacent rows."""
     ids, mask = prompts.input_ids, prompts.attention_mask
     return Padded(ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0))
