@@ -58,8 +58,8 @@ class TaskDataModule(LightningDataModule):
         restrict: Allow only the task's answer tokens when decoding: ``true`` always, ``evaluation`` in validation and
             test but not while fitting, as the method's public reference does.
         reverse: Reward one minus the reward, for steering away from what the task rewards.
-        sort_by_length: Batch prompts of similar length together, for less padding. Results keep the order of the rows
-            and change only by rounding.
+        sort_by_length: Batch prompts of similar length together, for less padding, but not where a method trains.
+            Results keep the order of the rows and change only by rounding.
         seed: Seed of the splits and their order.
         revision: Branch, tag or commit of the data set on the Hub; None for its newest.
 
@@ -279,7 +279,9 @@ class TaskDataModule(LightningDataModule):
         batch_size = min(self.hparams["batch_size"], -(-len(examples) // world_size))
         # No DataLoader: Lightning would put its own DistributedSampler into it, which repeats and shuffles.
         collate = partial(self.collate, task=task)
-        order = _by_length(lengths, BUCKET) if self.hparams["sort_by_length"] else None
+        # A method that trains needs batches that are alike but for chance.
+        sorts = self.hparams["sort_by_length"] and not (split == "train" and self._module.trains)
+        order = _by_length(lengths, BUCKET) if sorts else None
         return Shard(examples, collate, batch_size, self._running.global_rank, world_size, start, order)
 
     def _check_shares(self, split: Split) -> None:

@@ -140,11 +140,13 @@ class Crisp(Adapting):
                 "crisp learns from labelled texts, but the task of the fit is answered. Name texts with data.fit_on, "
                 "as in demo_crisp.yaml."
             )
-        require_both(self.datamodule.examples["train"])
+        examples = self.datamodule.examples["train"]
+        require_both(examples)
+        self.datamodule.examples["train"] = interleaved(examples)
         options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"], h["sae_revision"]
         self.saes = load_saes(h["saes"], self.llm, h["layers"], *options)
         self._identity, self.salient = saes_identity(h["saes"], self.saes), {}
-        self._coherent = [e for e in self.datamodule.examples["train"] if e.gold == RETAIN]
+        self._coherent = [e for e in examples if e.gold == RETAIN]
         super().begin()
 
     def new_adapter(self) -> Lora:
@@ -338,6 +340,21 @@ def require_both(examples: Sequence[Example]) -> None:
             f"{len(both)} texts are both to be unlearnt and to be retained, the first of them {min(both)[:60]!r}. "
             "Remove them from one of both."
         )
+
+
+def interleaved(examples: Sequence[Example]) -> list[Example]:
+    """Target and retain texts evenly mixed, so that every batch has its share of both; each kind keeps its order.
+
+    Example:
+        >>> texts = [Example(str(i), "", TARGET if i < 2 else RETAIN) for i in range(6)]
+        >>> [text.id for text in interleaved(texts)]
+        ['2', '0', '3', '4', '1', '5']
+    """
+    placed = []
+    for kind in (TARGET, RETAIN):
+        some = [example for example in examples if example.gold == kind]
+        placed += [((i + 0.5) / len(some), example) for i, example in enumerate(some)]
+    return [example for _, example in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _check_values(h: Mapping[str, Any]) -> None:

@@ -52,6 +52,22 @@ def run(tmp_path_factory):
     return folder, module, data, tested
 
 
+def test_every_batch_has_its_share_of_both_kinds(run):
+    _, module, data, _ = run
+    data.trainer = make_trainer()
+    data.trainer.strategy._lightning_module = module
+    module.counted = 0
+    shares = [
+        sum(example.gold == "positive" for example in batch.examples) / len(batch.examples)
+        for batch in data.train_dataloader()
+    ]
+    module.counted = 320
+    whole = sum(example.gold == "positive" for example in data.examples["train"]) / 320
+    assert len(shares) == 40
+    # To within one of eight texts.
+    assert all(abs(share - whole) <= 1 / 8 for share in shares)
+
+
 def test_salience_is_that_of_a_naive_loop_over_the_texts(run):
     _, module, data, _ = run
     sae, fired, n = module.saes[1], torch.zeros(2, 512), torch.zeros(2)
