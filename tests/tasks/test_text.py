@@ -132,7 +132,7 @@ def last_activation(llm, sae, row):
 @pytest.mark.parametrize("method", ["finetune", "prompting"])
 def test_the_rivals_learn_from_the_text_of_the_right_option(method, path):
     data = TaskDataModule("choice", path, {"likelihood": True}, batch_size=4)
-    module = Finetune("demo", lr=1e-3) if method == "finetune" else Prompting("demo", examples=2)
+    module = Finetune("demo", lr=1e-2) if method == "finetune" else Prompting("demo", examples=2)
     trainer = make_trainer()
     trainer.fit(module, datamodule=data)
     first = data.examples["train"][0]
