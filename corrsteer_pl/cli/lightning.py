@@ -121,6 +121,19 @@ def run_once(args: list[str], given: dict[str, Any], like: Any = None) -> "_Cli"
     return _Cli(method, with_whole_dicts(with_checkpoint(args, given, stored)), given, stored, like=like)
 
 
+def run_among_others(args: list[str], given: dict[str, Any], like: Any = None) -> "_Cli":
+    """Run a stage after which others follow, as :func:`run_once` does.
+
+    Raises:
+        SIGTERMException: The process was told to end.
+    """
+    cli = run_once(args, given, like)
+    if cli.trainer.received_sigterm:
+        # Between the batches of a stage Lightning ends it; in the last one it notes the signal and does nothing.
+        raise SIGTERMException
+    return cli
+
+
 def _diagnose(args: list[str], given: dict[str, Any]) -> None:
     from corrsteer_pl.commands.doctor import examine
 

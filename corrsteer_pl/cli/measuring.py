@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from corrsteer_pl.cli.arguments import given_options, read_config
-from corrsteer_pl.cli.lightning import run_once
+from corrsteer_pl.cli.lightning import run_among_others
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import NotAnOption, UserError
 from corrsteer_pl.evaluation.comparison import OWN, Cell
@@ -146,10 +145,7 @@ def _silently(args: list[str], tag: str | None = None) -> Any:
     args = [*args, f"--results.tag={MARK}{tag}"] if tag else args
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cli = run_once(args, given_options(args))
-    if cli.trainer.received_sigterm:
-        # Between the batches of a stage Lightning ends it; in the last one it notes the signal and does nothing.
-        raise SIGTERMException
+        cli = run_among_others(args, given_options(args))
     for found in (Path(cli.trainer.default_root_dir) / "test").glob(f"*-{MARK}{tag}") if tag else ():
         target = found.with_name(str(tag))
         target.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from corrsteer_pl.cli.arguments import checkpoint_path, given_options, split_options
-from corrsteer_pl.cli.lightning import guarded, run_once
+from corrsteer_pl.cli.lightning import guarded, run_among_others
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import metrics_table, show
 from corrsteer_pl.evaluation.text_loss import text_losses
@@ -37,7 +37,7 @@ def _transfer(args: list[str], given: dict[str, Any]) -> None:
     method, found = None, {}
     for name, config in zip(names, configs, strict=True):
         stage = ["test", "--config", config, *others]
-        cli = run_once(stage, given_options(stage), method)
+        cli = run_among_others(stage, given_options(stage), method)
         method, found[name] = cli.model, cli.model.metrics
     loss = _losses(method, texts) if texts else None
     if cli.trainer.is_global_zero:

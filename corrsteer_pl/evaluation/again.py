@@ -11,21 +11,11 @@ PROGRAM = "python -m corrsteer_pl"
 # Options of the fit that a reader asks for.
 SHOWN = {
     "model": (
-        "llm",
-        "saes",
-        "rule",
-        "sign",
-        "pool",
-        "coefficient",
-        "score",
-        "scale",
-        "positions",
-        "control",
-        "system_message",
-        "examples",
+        "llm", "saes", "rule", "sign", "pool", "coefficient", "score", "scale", "positions", "control",
+        "system_message", "examples",
     ),
     "data": ("task", "path", "train_size", "val_size", "chat_template", "shots", "restrict", "seed"),
-}
+}  # fmt: skip
 
 
 def settings(run: Run) -> dict[str, Any]:

@@ -157,18 +157,16 @@ class Adapting(Selecting):
         """The shape of the weights, which are parameters."""
         adapter = self.own
         kind = next(name for name, cls in KINDS.items() if isinstance(adapter, cls))
-        selection = self.selection.as_dict() if self.selection else None
-        return {"adapter": {"kind": kind, **adapter.described()}, "selection": selection, "snapshots": self.snapshots}
+        return {**super().state(), "adapter": {"kind": kind, **adapter.described()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Make weights of the same shape, whose values Lightning loads after this."""
         try:
             plain = dict(state["adapter"])
             restored = KINDS[plain.pop("kind")](**plain)
-            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
-            self.snapshots = list(state["snapshots"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
+        super().restore(state)
         if self.adapter is None:
             self.adapter = restored
         elif restored.described()["shapes"] != self.adapter.described()["shapes"]:

@@ -124,17 +124,15 @@ class Prompting(Selecting):
 
     def state(self) -> dict[str, Any]:
         """The solved examples, and what validation said."""
-        selection = self.selection.as_dict() if self.selection else None
-        return {"turns": self.turns, "selection": selection, "snapshots": self.snapshots}
+        return {**super().state(), "turns": self.turns}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the solved examples, and what validation said."""
         try:
             self.turns = [str(turn) for turn in state["turns"]]
-            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
-            self.snapshots = list(state["snapshots"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise damaged(f"its solved examples cannot be read ({one_line(error)})") from error
+        super().restore(state)
 
 
 class _Prompted:

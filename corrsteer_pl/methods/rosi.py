@@ -316,10 +316,9 @@ class Rosi(Selecting):
         """The selection, the edit, and what rebuilds the sums."""
         self.sums.merge()
         return {
+            **super().state(),
             "sums": {name: {"places": sums.places, "width": sums.width} for name, sums in self.sums.merged.items()},
-            "selection": self.selection.as_dict() if self.selection else None,
             "record": self.record.as_dict() if self.record else None,
-            "snapshots": self.snapshots,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -327,11 +326,10 @@ class Rosi(Selecting):
         try:
             sums = {name: ClassMeans(tuple(shape["places"]), shape["width"]) for name, shape in state["sums"].items()}
             self._forget(sums)
-            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
             self.record = None if state["record"] is None else EditRecord.from_dict(state["record"])
-            self.snapshots = list(state["snapshots"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
+        super().restore(state)
 
     def write(self, folder: Path) -> None:
         """``selection.json``, and the edit as ``edit.json`` with ``edit.safetensors``, which has the direction."""

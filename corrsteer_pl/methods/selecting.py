@@ -1,13 +1,16 @@
 """What methods share that leave a selection: what was tried in validation, and what of it was chosen."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor
 
+from corrsteer_pl.errors import one_line
 from corrsteer_pl.evaluation.tables import selection_table
 from corrsteer_pl.files import write_json
 from corrsteer_pl.methods.base import Method
+from corrsteer_pl.methods.provenance import damaged
 from corrsteer_pl.selection import Feature, Selection
 
 
@@ -73,6 +76,19 @@ class Selecting(Method):
         if self.selection is None:
             raise self.unfitted()
         return self.selection
+
+    def state(self) -> dict[str, Any]:
+        """The selection, and what validations chose."""
+        selection = self.selection.as_dict() if self.selection else None
+        return {"selection": selection, "snapshots": self.snapshots}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the selection, and what validations chose."""
+        try:
+            self.selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
+            self.snapshots = list(state["snapshots"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
 
     def write(self, folder: Path) -> None:
         """``selection.json``."""

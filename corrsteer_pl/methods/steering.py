@@ -260,26 +260,21 @@ class Steering(Selecting):
     def state(self) -> dict[str, Any]:
         """The selection, the directions of its candidates, and what rebuilds the sums, which are buffers."""
         self.sums.merge()
-        return {
-            "sums": self.sums.shape(),
-            "selection": self.selection.as_dict() if self.selection else None,
-            "directions": self.directions,
-            "snapshots": self.snapshots,
-        }
+        return {**super().state(), "sums": self.sums.shape(), "directions": self.directions}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over sums and selection, by this module's rule, sign and layers."""
         try:
             # Lightning loads the values of these buffers after this hook.
             self.sums = Accumulator.shaped(state["sums"])
-            fitted = None if state["selection"] is None else Selection.from_dict(state["selection"])
-            self.directions, self.snapshots = dict(state["directions"]), list(state["snapshots"])
+            self.directions = dict(state["directions"])
             self.restore_more(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(f"what its fit found cannot be read ({one_line(error)})") from error
-        if fitted is not None:
-            check_directions(self.directions, (f.name for f in fitted.candidates))
-            self.selection = self._reselected(fitted)
+        super().restore(state)
+        if self.selection is not None:
+            check_directions(self.directions, (f.name for f in self.selection.candidates))
+            self.selection = self._reselected(self.selection)
 
     def restore_more(self, state: dict[str, Any]) -> None:
         """Take over what else a subclass stores."""

@@ -165,7 +165,7 @@ def test_mistakes_are_one_sentence(args, sentence, tmp_path, monkeypatch, capsys
 def test_a_signal_in_the_last_batch_of_a_stage_ends_the_comparison(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = SimpleNamespace(model=SimpleNamespace(counted=1), trainer=SimpleNamespace(received_sigterm=True))
-    monkeypatch.setattr("corrsteer_pl.cli.measuring.run_once", lambda *_: ended)
+    monkeypatch.setattr("corrsteer_pl.cli.lightning.run_once", lambda *_: ended)
     assert main(["compare", "--config", "demo.yaml", "--methods", "raw", "--seeds", "1"]) == 128 + signal.SIGTERM
     assert not list(tmp_path.rglob("cell.json"))
 
