@@ -32,6 +32,8 @@ TARGET, RETAIN = "positive", "negative"
 TOKENS = 512
 # Texts whose residual at the last layer is compared in each step.
 COHERENT = 4
+# Features of each layer that are printed after a fit.
+SHOWN = 5
 
 
 class Crisp(Adapting):
@@ -289,17 +291,19 @@ class Crisp(Adapting):
         self._identity = stored
 
     def tables(self) -> list[Table]:
-        """The salient features."""
+        """The strongest salient features of each layer."""
         table = Table(
-            title=f"Salient features of {self.counted} texts",
-            caption="share of target and of retain tokens on which each fires; ratio: how many times as strong it is "
-            "on target tokens",
+            title=f"Salient features of {self.counted} texts: the {SHOWN} strongest of each layer",
+            caption=f"share of target and of retain tokens on which each fires; ratio: how many times as strong it is "
+            f"on target tokens; all {len(self.features)} are in selection.json",
         )
         for heading in ("site", "feature", "target %", "retain %", "ratio"):
             table.add_column(heading, justify="left" if heading == "site" else "right")
-        for f in self.features:
-            shares = percent(f.active_right), percent(f.active_wrong)
-            table.add_row(f.site, str(f.index), *shares, f"{f.mean_right / (f.mean_wrong + 1e-9):.3g}")
+        for layer in self.salient:
+            of_layer = (feature for feature in self.features if feature.layer == layer)
+            for f in sorted(of_layer, key=lambda feature: -feature.score)[:SHOWN]:
+                shares = percent(f.active_right), percent(f.active_wrong)
+                table.add_row(f.site, str(f.index), *shares, f"{f.mean_right / (f.mean_wrong + 1e-9):.3g}")
         return [table, *super().tables()]
 
 
