@@ -71,13 +71,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary folder beside ``folder``, then put it in its place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "new"
+
+    def fill(new: Path) -> None:
         new.mkdir()
         write(new)
-        rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+
+    write_whole(folder, fill)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file or a folder of the same name within a temporary folder, then put it in its place.
+
+    Raises:
+        UserError: There is no room, or no right.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            new = Path(scratch) / path.name
+            write(new)
+            if path.is_dir():
+                rmtree(path)
+            new.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or one_line(error)}). Name another place."
+        ) from error
 
 
 def write_utf8(path: Path, text: str) -> None:

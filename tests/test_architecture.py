@@ -11,8 +11,8 @@ import pytest
 import corrsteer_pl
 
 PLAN = [
-    "results", "cli", "commands", "methods", "data", "strategy", "evaluation", "interventions", "selection", "stats",
-    "models", "tasks", "rewards", "hub", "options", "files", "demo", "errors", "version",
+    "results", "cli", "commands", "methods", "data", "strategy", "evaluation", "formats", "interventions", "selection",
+    "stats", "models", "tasks", "rewards", "hub", "options", "files", "demo", "errors", "version",
 ]  # fmt: skip
 # Scripts that nothing imports stand above the plan.
 ABOVE = {"__init__", "__main__", "demo.build", "demo.results", "demo.rules"}

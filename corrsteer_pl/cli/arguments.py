@@ -12,7 +12,7 @@ import yaml
 from corrsteer_pl.cli.safe_yaml import read_yaml
 from corrsteer_pl.errors import UserError, choices, nearest, one_line
 from corrsteer_pl.files import LAST
-from corrsteer_pl.methods.registry import DEFAULT
+from corrsteer_pl.methods.registry import DEFAULT, READY
 from corrsteer_pl.options import import_paths
 
 STAGES = ("fit", "validate", "test", "predict", "transfer", "compare")
@@ -161,14 +161,14 @@ def with_checkpoint(args: Sequence[str], given: dict[str, Any], settings: dict[s
 
 
 def checkpoint_path(command: str, given: dict[str, Any]) -> Path | None:
-    """The checkpoint that a stage starts from; None for a fit from the beginning.
+    """The checkpoint that a stage starts from; None for a fit from the beginning, and for what needs no fit.
 
     Raises:
         UserError: The stage needs one, and none is given.
     """
     path = given.get("ckpt_path")
     if path is None:
-        if command != "fit":
+        if command != "fit" and not (command in ("test", "predict") and given.get("method") in READY):
             raise UserError(
                 f"{command} needs the checkpoint of a fit. Give it with --ckpt_path checkpoints/RUN/{LAST}."
             )
@@ -274,10 +274,15 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_folder(given: dict[str, Any]) -> Path:
-    """Where a run's results go: named after its configuration files, or else after the task."""
+    """Where a run's results go: named after its configuration files, or else after the task.
+
+    For vectors from elsewhere the name of their file follows, lest their results mix with those of a fit.
+    """
     if "trainer.default_root_dir" in given:
         return Path(str(given["trainer.default_root_dir"]))
-    return RUNS / ("-".join(given.get("configs", [])) or Path(str(given.get("data.task", "demo_qa"))).name)
+    names = given.get("configs") or [Path(str(given.get("data.task", "demo_qa"))).name]
+    file = [Path(str(given["model.vectors"])).stem] if "model.vectors" in given else []
+    return RUNS / "-".join([*names, *file])
 
 
 def replace_values(args: Sequence[str], names: Sequence[str], change: Callable[[str], str]) -> list[str]:

@@ -23,7 +23,8 @@ RESULTS = "corrsteer_pl.methods.run_files:RunFiles"
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 # Functions of the commands that are no stage of the Trainer.
 FUNCTIONS = {
-    "export": "corrsteer_pl.commands.export:export_model",
+    "chat": "corrsteer_pl.commands.chat:chat",
+    "export": "corrsteer_pl.commands.export:export",
     "report": "corrsteer_pl.commands.report:report_on",
     "train_saes": "corrsteer_pl.commands.train_saes:train_saes_on",
 }

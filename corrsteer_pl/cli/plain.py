@@ -9,8 +9,8 @@ from jsonargparse import auto_cli
 from corrsteer_pl.cli.options import FUNCTIONS
 from corrsteer_pl.cli.parser import PlainParser
 
-# The option that arguments without a name are values of, by command.
-NAMELESS = {"report": "--runs"}
+# The option that arguments without a name are values of, by command; with + it takes several.
+NAMELESS = {"report": "--runs+", "export": "--run", "chat": "--run"}
 
 
 def run(args: list[str]) -> int:
@@ -31,11 +31,11 @@ def _named(args: Sequence[str], option: str | None) -> Iterator[str]:
     """The arguments, with a name before those that have none.
 
     Example:
-        >>> list(_named(["a", "--out", "b", "c"], "--runs"))
+        >>> list(_named(["a", "--out", "b", "c"], "--runs+"))
         ['--runs+=a', '--out', 'b', '--runs+=c']
     """
     is_value = False
     for argument in args:
         nameless = option is not None and not is_value and not argument.startswith("-")
-        yield f"{option}+={argument}" if nameless else argument
+        yield f"{option}={argument}" if nameless else argument
         is_value = not is_value and argument.startswith("--") and "=" not in argument

@@ -23,16 +23,19 @@ class Command:
         does: What it does, as a sentence.
         runs: ``module:function`` that takes the command's name and its arguments.
         takes: What it takes beside options.
+        passes: Whether its arguments are another program's, and are passed on as they are.
     """
 
     does: str
     runs: str
     takes: str = ""
+    passes: bool = False
 
 
 STAGE, PLAIN = "corrsteer_pl.cli.lightning:run_stage", "corrsteer_pl.cli.plain:run"
 COMPARE = "corrsteer_pl.cli.compare:run"
 TRANSFER = "corrsteer_pl.cli.transfer:run"
+LM_EVAL = "corrsteer_pl.commands.lm_eval:run"
 COMMANDS = {
     "fit": Command("Correlate features with rewards, test the candidates, and select those that help.", STAGE),
     "validate": Command("Test the candidates of a fit again on the validation split.", STAGE),
@@ -42,7 +45,9 @@ COMMANDS = {
     "compare": Command("Fit and test many systems on the same questions, with several seeds, as one table.", COMPARE),
     "doctor": Command("Show on one batch what a fit would do, and whether everything fits together.", STAGE),
     "report": Command("Write what a run found as a page, or compare two runs in pairs.", PLAIN, "RUN [RUN]"),
-    "export": Command("Write the weights that a fit has changed as a model of their own.", PLAIN),
+    "export": Command("Hand a run on to llama.cpp, peft, vLLM or lm-eval, with the measured difference.", PLAIN, "RUN"),
+    "chat": Command("Talk to a run: both models side by side, as they write.", PLAIN, "RUN"),
+    "lm_eval": Command("Run lm-eval, which then knows --model corrsteer.", LM_EVAL, passes=True),
     "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),
 }
 EXAMPLES = f"""examples:
@@ -77,6 +82,8 @@ def _main(args: list[str]) -> int:
     command = args[0]
     if command not in COMMANDS:
         raise UserError(f"the command {command!r} is not known; choose one of {choices(COMMANDS)}.")
+    if COMMANDS[command].passes:
+        return _imported(COMMANDS[command].runs)(args)
     args = without_foreign_options(with_found_configs(args))
     if {"-h", "--help"} & set(args):
         program = " ".join([PROGRAM, command, COMMANDS[command].takes]).strip()

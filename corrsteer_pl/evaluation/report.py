@@ -81,7 +81,7 @@ class Words:
         noun: What is selected.
         title: Heading of what was selected.
         score: What it was ranked by.
-        right, wrong: The two classes that were told apart.
+        right, wrong: The two classes that were told apart; empty if there were none.
         selects: Whether there is a choice among some; otherwise the change is one.
     """
 
@@ -99,6 +99,7 @@ WORDS = {
     "mean_difference": Words(
         "Steering {model} with {number}", "contrastive vector", "The vectors", "distance of the means"
     ),
+    "vectors": Words("Steering {model} with {number}", "given vector", "The vectors", "length", "", ""),
     "rosi": Words(
         "Editing the weights of {model} along a direction", "edit", "The edit", "separation of the classes",
         "harmful requests", "harmless ones",

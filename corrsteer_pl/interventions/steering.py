@@ -111,7 +111,7 @@ class SteeringVectors:
             if len({len(vector) for vector in vectors.values()}) > 1:
                 raise ValueError("its vectors have different widths")
             if schedule is None and stored is not None:
-                schedule = _schedule(stored)
+                schedule = schedule_of(stored)
             return cls(vectors, schedule)
         except (OSError, SafetensorError, ValueError, UserError) as error:
             raise UserError(
@@ -168,7 +168,7 @@ class SteeringVectors:
         Raises:
             UserError: The model has no such block, is of another width, or a vector overflows its dtype.
         """
-        self._check(model)
+        self.check(model)
         clock = (_Steps if run else _Clock)(self.schedule)
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(clock.tick, with_kwargs=True).remove)
@@ -176,7 +176,12 @@ class SteeringVectors:
                 stack.callback(site.hook(model, partial(self._add, clock, _Placed(vector, run))).remove)
             yield
 
-    def _check(self, model: Any) -> None:
+    def check(self, model: Any) -> None:
+        """Refuse a model that the vectors are not for.
+
+        Raises:
+            UserError: It has no such block, is of another width, or a vector overflows its dtype.
+        """
         name, depth = type(model).__name__, len(decoder_blocks(model))
         width = model.config.get_text_config(decoder=True).hidden_size
         for site, vector in self.vectors.items():
@@ -212,7 +217,7 @@ def _vector(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _schedule(metadata: Mapping[str, str]) -> Schedule:
+def schedule_of(metadata: Mapping[str, str]) -> Schedule:
     """The schedule that :meth:`SteeringVectors.save` has written."""
     if missing := [field.name for field in fields(Schedule) if field.name not in metadata]:
         raise ValueError(f"its metadata lack {choices(missing)}")

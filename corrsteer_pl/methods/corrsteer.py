@@ -22,7 +22,7 @@ from corrsteer_pl.methods.checks import check_values
 from corrsteer_pl.methods.inspection import SearchInspection
 from corrsteer_pl.methods.provenance import check_saes, damaged
 from corrsteer_pl.methods.search import Search
-from corrsteer_pl.methods.steering import Steering
+from corrsteer_pl.methods.streaming import Streaming
 from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.coordinates import coordinates
 from corrsteer_pl.models.hooks import PoolReader
@@ -32,7 +32,7 @@ from corrsteer_pl.selection import Feature, Selection
 from corrsteer_pl.stats import SCORES, Probe, null_max_correlation
 
 
-class CorrSteer(Steering):
+class CorrSteer(Streaming):
     """Selects SAE features by their correlation with the reward, and steers with them.
 
     An epoch of "training" accumulates running sums and changes no weight: memory is O(1) in the number of
@@ -328,7 +328,8 @@ class CorrSteer(Steering):
         return {**super().state(), "search": self.search.state(), "cards": self.cards, "probe": probe}
 
     def restore_more(self, state: dict[str, Any]) -> None:
-        """Take over the search, the cards and the probe."""
+        """Take over the sums, the search, the cards and the probe."""
+        super().restore_more(state)
         self.search, self.cards = Search.restored(state["search"]), list(state["cards"])
         self._probe = state["probe"] and (state["probe"]["layer"], Probe.from_dict(state["probe"]))
 

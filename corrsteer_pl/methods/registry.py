@@ -8,12 +8,15 @@ from corrsteer_pl.errors import UserError, choices
 DEFAULT = "corrsteer"
 METHODS: dict[str, str] = {
     DEFAULT: "corrsteer_pl.methods.corrsteer:CorrSteer",
-    "mean_difference": "corrsteer_pl.methods.vectors:MeanDifference",
+    "mean_difference": "corrsteer_pl.methods.mean_difference:MeanDifference",
     "crisp": "corrsteer_pl.methods.crisp:Crisp",
     "finetune": "corrsteer_pl.methods.finetune:Finetune",
     "prompting": "corrsteer_pl.methods.prompting:Prompting",
     "rosi": "corrsteer_pl.methods.rosi:Rosi",
+    "vectors": "corrsteer_pl.methods.vectors:Vectors",
 }
+# What can be tested without a fit.
+READY = ("vectors",)
 
 
 def method_path(name: str) -> str:

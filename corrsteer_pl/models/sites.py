@@ -60,7 +60,6 @@ class Site:
         Shape:
             - fn: ``(batch, sequence, d_model)`` to the same shape, or to None to leave it as it is.
         """
-        block = decoder_blocks(model)[self.layer]
 
         def checked(hidden: Tensor) -> Tensor | None:
             if hidden.ndim != 3:
@@ -71,11 +70,20 @@ class Site:
             return fn(hidden)
 
         if self.kind == "resid_pre":
+            block = decoder_blocks(model)[self.layer]
             return block.register_forward_pre_hook(_on_input(checked), with_kwargs=True)
-        return self._writer(block).register_forward_hook(_on_output(checked))
+        return self.module(model).register_forward_hook(_on_output(checked))
 
-    def _writer(self, block: nn.Module) -> nn.Module:
-        """The module whose output is the tensor at this site."""
+    def module(self, model: Any) -> nn.Module:
+        """The module whose output is the tensor at this site.
+
+        Raises:
+            ValueError: It is the input of a block.
+            UserError: The block has no part of a known name.
+        """
+        block = decoder_blocks(model)[self.layer]
+        if self.kind == "resid_pre":
+            raise ValueError(f"{self} is an input")
         if self.kind == "resid_post":
             return block
         parts, norms = (ATTENTION, ATTENTION_NORM) if self.kind == "attn_out" else (MLP, MLP_NORM)

@@ -42,12 +42,12 @@ class Choice:
 
     Attributes:
         features: The chosen features.
-        joint_reward: Mean validation reward in [0, 1] of all of them together.
+        joint_reward: Mean validation reward in [0, 1] of all of them together; None if that was not tried.
         steps: For the rule ``greedy``, the same after each was added.
     """
 
     features: tuple[Feature, ...]
-    joint_reward: float
+    joint_reward: float | None
     steps: tuple[float, ...] = ()
 
 
@@ -148,11 +148,11 @@ def _best_per_layer_above_baseline(candidates: Sequence[Feature], baseline: floa
 
 
 def _top_positive_per_layer(candidates: Sequence[Feature], *_: object) -> list[Feature]:
-    # A layer's candidates are in the order of their scores.
-    top: dict[int, Feature] = {}
+    # A layer's candidates are in the order of their scores. Vectors from elsewhere may be at several sites of a layer.
+    top: dict[str, Feature] = {}
     for f in candidates:
         if f.sign == "positive":
-            top.setdefault(f.layer, f)
+            top.setdefault(f.site, f)
     return list(top.values())
 
 

@@ -56,6 +56,17 @@ class Template:
         values = computed or {}
         return "".join(literal + (self._value(name, row, id, values) if name else "") for literal, name in self.parts)
 
+    def around(self, text: str) -> str:
+        """A prompt of a text that someone types; the text itself if the template has other fields too.
+
+        Example:
+            >>> Template("Q: {question} A:", "").around("2 + 2?"), Template("{a} or {b}?", "").around("2 + 2?")
+            ('Q: 2 + 2? A:', '2 + 2?')
+        """
+        if len(self.fields) > 1:
+            return text
+        return "".join(literal + (text if name else "") for literal, name in self.parts)
+
     def _value(self, name: str, row: Mapping[str, Any], id: str, computed: Mapping[str, str]) -> str:
         if name in computed:
             return computed[name]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corrsteer_pl import TaskDataModule
 from corrsteer_pl.cli.program import main
-from corrsteer_pl.commands.export import export_model
+from corrsteer_pl.commands.export import export
 from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.files import write_jsonl
@@ -155,7 +155,7 @@ def test_a_checkpoint_and_an_exported_model_answer_as_the_fit_did(kind, run, tmp
     make_trainer().test(again, datamodule=tested, ckpt_path=folder / "last.ckpt", verbose=False)
     assert again.outcomes == module.outcomes
     assert module.metrics["changed"] > 0
-    export_model(folder / "last.ckpt", tmp_path / "merged")
+    export(folder, "merged", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]

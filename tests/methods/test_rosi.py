@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corrsteer_pl import TaskDataModule
 from corrsteer_pl.cli.program import main
-from corrsteer_pl.commands.export import export_model
+from corrsteer_pl.commands.export import export
 from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.evaluation.text_loss import text_losses
@@ -148,7 +148,7 @@ def test_nothing_within_the_budget_leaves_the_model_as_it_is(tmp_path):
     assert module.metrics["changed"] == 0
     assert not (tmp_path / "edit.json").exists()
     with pytest.raises(UserError, match="no edit was chosen: nothing improved on the model"):
-        export_model(tmp_path / "last.ckpt", tmp_path / "merged")
+        export(tmp_path, "merged", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -168,25 +168,24 @@ def test_a_checkpoint_tests_as_its_fit_did_and_leaves_the_weights_alone(run):
 
 def test_an_exported_model_answers_as_the_edited_one_does(run, tmp_path):
     folder, module, _, data = run
-    export_model(folder / "last.ckpt", tmp_path / "merged")
+    export(folder, "merged", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     for outcome, example in list(zip(module.outcomes, data.examples["test"], strict=True))[:20]:
         ids = torch.tensor([tokenizer(example.prompt)["input_ids"]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == outcome.answer_steered
-    with pytest.raises(UserError, match="which exists already. Name a new folder"):
-        export_model(folder / "last.ckpt", tmp_path / "merged")
+    with pytest.raises(UserError, match="which exists already. Name a new place"):
+        export(folder, "merged", tmp_path / "merged")
     other = Rosi(str(tmp_path / "merged"), **QUICK)
     with pytest.raises(UserError, match="the checkpoint was fitted on the model"):
         make_trainer().test(other, datamodule=data, ckpt_path=folder / "last.ckpt")
 
 
-def test_methods_without_weights_have_nothing_to_merge(tmp_path, capsys):
-    assert main(["fit", "--config", "demo.yaml", "--data.train_size=48", "--data.val_size=8",
-                 "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]) == 0  # fmt: skip
-    assert main(["export", "--ckpt_path", str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "merged")]) == 2
-    assert "the method corrsteer changes no weights" in capsys.readouterr().err
+def test_an_edit_has_no_other_format(run, tmp_path):
+    folder, *_ = run
+    with pytest.raises(UserError, match="rosi changes weights, which gguf cannot say. Choose --to merged"):
+        export(folder, "gguf", tmp_path / "vectors.gguf")
 
 
 def test_text_is_read_by_the_edited_weights(run):

@@ -10,8 +10,8 @@ from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.methods.mean_difference import MeanDifference
 from corrsteer_pl.methods.run_files import RunFiles
-from corrsteer_pl.methods.vectors import MeanDifference
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.stats import Histogram
 from corrsteer_pl.stats.scores import mutual_information

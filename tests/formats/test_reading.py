@@ -1,0 +1,155 @@
+"""Vectors of other programs are read as those meant them, and no code in a file is run."""
+
+import dataclasses
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.formats.control_vector import write_gguf
+from corrsteer_pl.formats.reading import read_vectors, vectors_of_object
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.models.sites import Site
+
+ONE, TWO = torch.arange(1.0, 5), torch.arange(2.0, 6)
+AT = {Site(1, "resid_post"): ONE, Site(3, "resid_post"): TWO}
+HOOK = {"steering_coefficient": 2.0, "action": "add", "bias": None, "head_index": None}
+
+
+@dataclasses.dataclass
+class SteeringVector:
+    """As the package steering-vectors has it."""
+
+    layer_activations: dict
+    layer_type: str = "decoder_block"
+
+
+def saved_object(path):
+    module = ModuleType("steering_vectors.steering_vector")
+    sys.modules |= {"steering_vectors": ModuleType("steering_vectors"), module.__name__: module}
+    SteeringVector.__module__, module.SteeringVector = module.__name__, SteeringVector
+    try:
+        torch.save(SteeringVector({1: ONE, 3: TWO}), path)
+    finally:
+        del sys.modules[module.__name__], sys.modules["steering_vectors"]
+
+
+WRITERS = {
+    "repeng.gguf": lambda path: write_gguf({1: ONE, 3: TWO}, "llama", path),
+    "own.safetensors": SteeringVectors(AT, Schedule("first_k", 3, 0.5)).save,
+    "blocks.safetensors": lambda path: save_file({"layer_1": ONE, "layer_3": TWO}, path),
+    "lm_eval.pt": lambda path: torch.save(
+        {"layers.1": {**HOOK, "steering_vector": ONE / 2}, "model.layers.3": {**HOOK, "steering_vector": TWO / 2}}, path
+    ),
+    "blocks.pt": lambda path: torch.save({1: ONE, 3: TWO}, path),
+    "names.pth": lambda path: torch.save({"transformer.h.1": ONE, "transformer.h.3": TWO.half()}, path),
+    "object.pt": saved_object,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_is_read_as_it_was_meant(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    found = read_vectors(tmp_path / name)
+    assert list(found.vectors) == list(AT)
+    for site, vector in found.vectors.items():
+        assert torch.equal(vector, AT[site])
+        assert vector.dtype == torch.float32
+    assert found.schedule == (Schedule("first_k", 3, 0.5) if name == "own.safetensors" else None)
+    assert list(read_vectors(tmp_path / name, [3]).vectors) == [Site(3, "resid_post")]
+    with pytest.raises(UserError, match="has no vector for block 2; it has 1, 3"):
+        read_vectors(tmp_path / name, [2])
+
+
+def test_one_tensor_needs_a_block_and_a_matrix_a_row(tmp_path):
+    torch.save(ONE, tmp_path / "one.pt")
+    torch.save({"weight": torch.stack([ONE, TWO])}, tmp_path / "axbench_weight.pt")
+    save_file({"vector": ONE}, tmp_path / "one.safetensors")
+    for name in ("one.pt", "one.safetensors"):
+        assert torch.equal(read_vectors(tmp_path / name, [2]).vectors[Site(2, "resid_post")], ONE)
+        for layers in (None, [1, 2]):
+            with pytest.raises(UserError, match=r"does not say for which block. Name the block .* model.layers"):
+                read_vectors(tmp_path / name, layers)
+    with pytest.raises(UserError, match="is a tensor of 4; a vector is needed"):
+        read_vectors(tmp_path / "one.pt", [2], row=0)
+    matrix = tmp_path / "axbench_weight.pt"
+    assert torch.equal(read_vectors(matrix, [2], row=1).vectors[Site(2, "resid_post")], TWO)
+    with pytest.raises(UserError, match=r"is a matrix of 2 x 4, and no model.row says which of its rows 0..1 steers"):
+        read_vectors(matrix, [2])
+    with pytest.raises(UserError, match="model.row is 2, which does not say which of its rows"):
+        read_vectors(matrix, [2], row=2)
+
+
+def test_sites_other_than_outputs_of_blocks_are_known(tmp_path):
+    names = {"layers.1.mlp": ONE, "layers.2.self_attn": TWO, "blocks.3.hook_resid_pre": ONE}
+    save_file({name: vector.clone() for name, vector in names.items()}, tmp_path / "sites.safetensors")
+    found = read_vectors(tmp_path / "sites.safetensors").vectors
+    assert list(found) == [Site(1, "mlp_out"), Site(2, "attn_out"), Site(3, "resid_pre")]
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path(sys.argv[0]).with_name("evil"),)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "program")])
+    torch.save({1: Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({1: Evil()}))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a .pt file of steering vectors"):
+            read_vectors(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "sentence"),
+    [
+        ("none.pt", lambda path: None, "which is no file. Name a file of steering vectors"),
+        ("some.svec", lambda path: path.write_text("{}", encoding="utf-8"), "whose ending is none of .gguf"),
+        ("text.gguf", lambda path: path.write_text("{}", encoding="utf-8"), "cannot be read as a .gguf file"),
+        ("other.safetensors", WRITERS["lm_eval.pt"], "cannot be read as a .safetensors file"),
+        ("a.pt", lambda path: torch.save({1: torch.zeros(4)}, path), "no vector that is not zero"),
+        ("b.pt", lambda path: torch.save({1: ONE * torch.nan}, path), "a vector at blocks.1.* that is not finite"),
+        ("c.pt", lambda path: torch.save({1: ONE, 2: torch.ones(5)}, path), "vectors of different widths"),
+        ("d.pt", lambda path: torch.save({1: ONE.long()}, path), r"int64 of shape \(4,\)"),
+        ("e.pt", lambda path: torch.save({1: ONE, "name": "x"}, path), "'name' names no block"),
+        ("l.pt", lambda path: torch.save({1: ONE, 2: "x"}, path), "2 is a str, and no tensor"),
+        ("f.pt", lambda path: torch.save({"happy": ONE, "sad": TWO}, path), "'happy' names no block of a model"),
+        ("g.pt", lambda path: torch.save([1, 2], path), "holds a list, and no tensors"),
+        ("h.pt", lambda path: torch.save({"layers.1": {**HOOK, "steering_vector": ONE, "action": "clamp"}}, path),
+         "the action 'clamp'"),
+        ("i.pt", lambda path: torch.save({"layers.1": {**HOOK, "steering_vector": ONE, "head_index": 2}}, path),
+         "a bias or a head_index"),
+    ],
+)  # fmt: skip
+def test_what_is_no_steering_vector_is_one_sentence(name, write, sentence, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=sentence):
+        read_vectors(tmp_path / name)
+
+
+def test_a_model_in_gguf_is_no_control_vector(tmp_path):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("output_norm.weight", ONE.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="its architecture is 'llama', so it is a model and no control vector"):
+        read_vectors(tmp_path / "model.gguf")
+
+
+def test_objects_in_memory_are_taken_as_they_are():
+    found = vectors_of_object(SteeringVector({1: ONE, 3: TWO}))
+    assert found.vectors.keys() == AT.keys()
+    assert found.schedule.positions == "all"
+    with pytest.raises(UserError, match="a list holds no vectors by block"):
+        vectors_of_object([ONE])

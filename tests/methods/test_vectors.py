@@ -1,0 +1,147 @@
+"""Vectors from elsewhere under the same evaluation: tested as given, chosen by validation, and handed on."""
+
+import json
+
+import pytest
+import torch
+
+from corrsteer_pl import SteeringVectors, TaskDataModule
+from corrsteer_pl.cli.program import main
+from corrsteer_pl.commands.export import export
+from corrsteer_pl.commands.report import report_on
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.vectors import Vectors
+from tests.conftest import make_trainer, run_here
+
+pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.yaml sets model.saes")
+SMALL = {"train_size": 300, "val_size": 60, "test_size": 60}
+QUIET = ["--trainer.enable_progress_bar=false", "--data.test_size=60"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A fit of CorrSteer, exported in every format, and its test with every position steered."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    module, data = CorrSteer("demo", "demo", layers=[1, 2, 3], positions="all"), TaskDataModule(**SMALL)
+    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert module.metrics["changed"] > 10
+    for to in ("gguf", "lm_eval", "easysteer"):
+        export(folder, to)
+    return folder, module
+
+
+def answered(module, data=None):
+    data = data or TaskDataModule(**SMALL)
+    make_trainer().test(module, datamodule=data, verbose=False)
+    return module
+
+
+@pytest.mark.parametrize("file", ["export/demo.gguf", "export/demo.lm_eval.pt", "export/easysteer/vectors.gguf",
+                                  "steering.safetensors"])  # fmt: skip
+def test_a_file_answers_as_the_run_that_it_is_of(file, run):
+    folder, module = run
+    found = answered(Vectors("demo", str(folder / file)))
+    assert found.outcomes == module.outcomes
+    assert found.hparams["positions"] == "all"
+    assert found.size == module.size
+
+
+def test_positions_are_the_files_own_unless_others_are_given(run, tmp_path):
+    folder, module = run
+    vectors = SteeringVectors.load(folder / "steering.safetensors")
+    schedule = type(vectors.schedule)("first_k", 2, 0.5)
+    SteeringVectors(vectors.vectors, schedule).save(tmp_path / "own.safetensors")
+    own = answered(Vectors("demo", str(tmp_path / "own.safetensors")))
+    assert own.schedule == schedule
+    asked = answered(Vectors("demo", str(tmp_path / "own.safetensors"), positions="all"))
+    assert (asked.schedule.positions, asked.outcomes) == ("all", module.outcomes)
+
+
+def test_validation_chooses_among_vectors_and_strengths(run, tmp_path):
+    folder, _ = run
+    found = SteeringVectors.load(folder / "steering.safetensors").vectors
+    # One that does nothing but harm beside those that help.
+    bad = {site: vector for site, vector in found.items()}
+    worst = min(bad)
+    bad[worst] = -50 * bad[worst]
+    SteeringVectors(bad).save(tmp_path / "bad.safetensors")
+    module = Vectors("demo", str(tmp_path / "bad.safetensors"), rule="foreach", scale=[0.5, 1.0, 2.0])
+    trainer = make_trainer(default_root_dir=tmp_path / "run", enable_checkpointing=True, callbacks=[RunFiles()])
+    data = TaskDataModule(**SMALL)
+    trainer.fit(module, datamodule=data)
+    chosen = module.selection
+    assert worst.layer not in [f.layer for f in chosen.features]
+    assert chosen.features
+    assert chosen.joint_reward > chosen.baseline_reward
+    assert chosen.scale == max(chosen.strengths, key=lambda one: one.reward).scale
+    assert [f.coefficient for f in chosen.candidates] == pytest.approx([v.norm().item() for v in bad.values()])
+    trainer.test(module, datamodule=data, verbose=False)
+    # The checkpoint needs the file no longer.
+    (tmp_path / "bad.safetensors").unlink()
+    again = Vectors("demo", str(tmp_path / "bad.safetensors"), rule="foreach", scale=[0.5, 1.0, 2.0])
+    make_trainer().test(again, datamodule=data, ckpt_path=tmp_path / "run/last.ckpt", verbose=False)
+    assert again.outcomes == module.outcomes
+    report_on([tmp_path / "run"])
+    told = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    assert "given vectors raises the reward" in told
+    assert "mean projection" not in told
+
+
+def test_batches_and_order_change_nothing(run):
+    folder, _ = run
+    file = str(folder / "export/demo.gguf")
+    whole = answered(Vectors("demo", file), TaskDataModule(**SMALL, batch_size=60))
+    parts = answered(Vectors("demo", file), TaskDataModule(**SMALL, batch_size=7, sort_by_length=False))
+    assert whole.outcomes == parts.outcomes
+
+
+def test_the_command_line_tests_without_a_fit_and_leaves_a_run(run, tmp_path):
+    folder, module = run
+    run_here("test", "--method", "vectors", "--model.vectors", folder / "export/demo.gguf", "--config", "demo.yaml",
+             *QUIET, cwd=tmp_path)  # fmt: skip
+    own = tmp_path / "checkpoints/demo-demo"
+    metrics = json.loads((own / "test/demo_qa-test_size-60/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["reward_steered"] == module.metrics["reward_steered"]
+    assert (metrics["method"], metrics["positions"]) == ("vectors", "all")
+    run_here("report", own, cwd=tmp_path)
+    run_here("test", "--ckpt_path", own / "last.ckpt", *QUIET, cwd=tmp_path)
+    again = json.loads((own / "test/demo_qa-test_size-60/metrics.json").read_text(encoding="utf-8"))
+    assert again["reward_steered"] == metrics["reward_steered"]
+    run_here("export", own, "--to", "lm_eval", cwd=tmp_path)
+    assert (own / "export/demo-demo.lm_eval.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"rule": "foreach"}, "model.rule is foreach, which leaves a choice to the validation split"),
+        ({"scale": [1.0, 2.0]}, r"model.scale is \[1.0, 2.0\], which leaves a choice to the validation split"),
+        ({"layers": [0]}, "has no vector for block 0"),
+    ],
+)
+def test_what_a_test_cannot_do_is_told(options, sentence, run):
+    folder, _ = run
+    with pytest.raises(UserError, match=sentence):
+        answered(Vectors("demo", str(folder / "export/demo.gguf"), **options))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "sentence"),
+    [
+        ({1: torch.ones(64)}, "has width 64, but LlamaForCausalLM has width 128"),
+        ({7: torch.ones(128)}, "one at blocks.7.hook_resid_post, but LlamaForCausalLM has blocks 0..3"),
+    ],
+)
+def test_vectors_for_another_model_are_refused(vectors, sentence, tmp_path, capsys, monkeypatch):
+    torch.save(vectors, tmp_path / "other.pt")
+    monkeypatch.chdir(tmp_path)
+    code = main(["test", "--method", "vectors", "--model.vectors", "other.pt", "--config", "demo.yaml", *QUIET])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    assert sentence in error
+    assert not (tmp_path / "checkpoints").exists()
