@@ -85,7 +85,9 @@ def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -
             raise UserError(f"model.row is {row}, but {path} has one vector for each block. Leave it out.")
         known = sorted({site.layer for site in found.vectors})
         if missing := sorted(set(layers) - set(known)):
-            raise UserError(f"{path} has no vector for block {missing[0]}; it has {choices(known)}. Set model.layers.")
+            raise UserError(
+                f"{path} has no vector for block {missing[0]}; it has {choices(known)}. Set model.vector_layers."
+            )
         kept = {site: vector for site, vector in found.vectors.items() if not layers or site.layer in layers}
         return VectorFile(kept, None, found.schedule)
     matrix = found.matrix
@@ -98,7 +100,7 @@ def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -
     if len(layers) != 1:
         raise UserError(
             f"{path} has one vector and does not say for which block. Name the block to whose output it is added with "
-            "model.layers, such as [12]."
+            "model.vector_layers, such as [12]."
         )
     return VectorFile({Site(layers[0], "resid_post"): matrix if row is None else matrix[row]})
 

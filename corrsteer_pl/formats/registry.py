@@ -77,6 +77,6 @@ FORMATS: dict[str, Format] = {
         write_easysteer,
         lambda llm, path: as_llama_cpp_adds(llm.model, path / VECTORS),
         "the package gguf, and added at every position; EasySteer itself was not run",
-        "give {path}/request.json as extra_body to EasySteer's server",
+        "EasySteer's server: {path}/request.json is what a request to it has as extra_body",
     ),
 }

@@ -206,7 +206,7 @@ class Steering(Selecting):
 
     def _reselected(self, fitted: Selection) -> Selection:
         h = self.hparams
-        selection = reselect(fitted, h["rule"], h.get("sign", "both"), h["layers"], self.bar)
+        selection = reselect(fitted, h["rule"], h.get("sign", "both"), h.get("layers"), self.bar)
         if isinstance(h["scale"], list) and selection.features and not selection.strengths:
             raise UserError(
                 "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "

@@ -30,7 +30,8 @@ class Vectors(Steering):
             for each block), or ``.pt`` (lm-eval's, one tensor, a matrix such as AxBench's weights, tensors by block, or
             an object of the package steering-vectors that ``torch.save`` wrote).
         row: Row of a matrix, the concept of AxBench's weights for example.
-        layers: Blocks whose vectors are taken; None for all. For a file with one vector, the block that it is for.
+        vector_layers: Blocks whose vectors are taken; None for all. For a file with one vector, the block that it
+            is for.
         rule: ``all``: every vector, untested. ``foreach``: those that alone beat the unsteered model. ``global``: the
             best alone. ``greedy``: what helps most beside what was chosen before, as long as the whole gets better.
         min_improvement: For the rules ``foreach`` and ``greedy``: the mean validation reward has to rise by more than
@@ -54,7 +55,7 @@ class Vectors(Steering):
 
     settings = Settings(
         settled=("vectors", "row", "min_improvement", "significance_level"),
-        tested=("scale", "rule", "layers", "positions", "first_k", "decay", "dtype", "llm_args"),
+        tested=("scale", "rule", "vector_layers", "positions", "first_k", "decay", "dtype", "llm_args"),
     )
 
     def __init__(
@@ -62,7 +63,7 @@ class Vectors(Steering):
         llm: str,
         vectors: str,
         row: int | None = None,
-        layers: list[int] | None = None,
+        vector_layers: list[int] | None = None,
         rule: Literal["all", "foreach", "global", "greedy"] = "all",
         min_improvement: float = 0.0,
         significance_level: float | None = None,
@@ -79,7 +80,9 @@ class Vectors(Steering):
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
         llm, vectors = self.llm_name, absolute(vectors)
         self.save_hyperparameters()
-        check_steering({**self.hparams, "site": "resid_post"})
+        if vector_layers == []:
+            raise UserError("model.vector_layers is empty. Name blocks, or leave it out for all that the file has.")
+        check_steering({**self.hparams, "site": "resid_post", "layers": None})
         self.ready()
 
     def begin(self) -> None:
@@ -98,7 +101,7 @@ class Vectors(Steering):
             UserError: The file cannot be used, or is for another model.
         """
         h = self.hparams
-        file = read_vectors(Path(h["vectors"]), h["layers"], h["row"])
+        file = read_vectors(Path(h["vectors"]), h["vector_layers"], h["row"])
         if h["positions"] is None:
             self.schedule = file.schedule or self.schedule
             h.update(vars(self.schedule))

@@ -44,7 +44,11 @@ WRITERS = {
     "own.safetensors": SteeringVectors(AT, Schedule("first_k", 3, 0.5)).save,
     "blocks.safetensors": lambda path: save_file({"layer_1": ONE, "layer_3": TWO}, path),
     "lm_eval.pt": lambda path: torch.save(
-        {"layers.1": {**HOOK, "steering_vector": ONE / 2}, "model.layers.3": {**HOOK, "steering_vector": TWO / 2}}, path
+        {
+            "layers.1": {**HOOK, "steering_vector": ONE / 2},
+            "model.vector_layers.3": {**HOOK, "steering_vector": TWO / 2},
+        },
+        path,
     ),
     "blocks.pt": lambda path: torch.save({1: ONE, 3: TWO}, path),
     "names.pth": lambda path: torch.save({"transformer.h.1": ONE, "transformer.h.3": TWO.half()}, path),
@@ -73,7 +77,7 @@ def test_one_tensor_needs_a_block_and_a_matrix_a_row(tmp_path):
     for name in ("one.pt", "one.safetensors"):
         assert torch.equal(read_vectors(tmp_path / name, [2]).vectors[Site(2, "resid_post")], ONE)
         for layers in (None, [1, 2]):
-            with pytest.raises(UserError, match=r"does not say for which block. Name the block .* model.layers"):
+            with pytest.raises(UserError, match=r"does not say for which block. Name the block .* model.vector_layers"):
                 read_vectors(tmp_path / name, layers)
     with pytest.raises(UserError, match="is a tensor of 4; a vector is needed"):
         read_vectors(tmp_path / "one.pt", [2], row=0)

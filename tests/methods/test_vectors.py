@@ -15,7 +15,7 @@ from corrsteer_pl.methods.run_files import RunFiles
 from corrsteer_pl.methods.vectors import Vectors
 from tests.conftest import make_trainer, run_here
 
-pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.yaml sets model.saes")
+pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.yaml sets model.layers")
 SMALL = {"train_size": 300, "val_size": 60, "test_size": 60}
 QUIET = ["--trainer.enable_progress_bar=false", "--data.test_size=60"]
 
@@ -120,7 +120,7 @@ def test_the_command_line_tests_without_a_fit_and_leaves_a_run(run, tmp_path):
     [
         ({"rule": "foreach"}, "model.rule is foreach, which leaves a choice to the validation split"),
         ({"scale": [1.0, 2.0]}, r"model.scale is \[1.0, 2.0\], which leaves a choice to the validation split"),
-        ({"layers": [0]}, "has no vector for block 0"),
+        ({"vector_layers": [0]}, "has no vector for block 0"),
     ],
 )
 def test_what_a_test_cannot_do_is_told(options, sentence, run):
