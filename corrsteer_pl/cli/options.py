@@ -25,6 +25,7 @@ TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 FUNCTIONS = {
     "chat": "corrsteer_pl.commands.chat:chat",
     "export": "corrsteer_pl.commands.export:export",
+    "push": "corrsteer_pl.commands.push:push",
     "report": "corrsteer_pl.commands.report:report_on",
     "train_saes": "corrsteer_pl.commands.train_saes:train_saes_on",
 }

@@ -9,8 +9,8 @@ from jsonargparse import auto_cli
 from corrsteer_pl.cli.options import FUNCTIONS
 from corrsteer_pl.cli.parser import PlainParser
 
-# The option that arguments without a name are values of, by command; with + it takes several.
-NAMELESS = {"report": "--runs+", "export": "--run", "chat": "--run"}
+# The options that arguments without a name are values of, in their order, by command; with + one takes all that follow.
+NAMELESS = {"report": ["--runs+"], "export": ["--run"], "chat": ["--run"], "push": ["--run", "--repository"]}
 
 
 def run(args: list[str]) -> int:
@@ -22,20 +22,24 @@ def run(args: list[str]) -> int:
         from corrsteer_pl.cli.lightning import quieten_lightning
 
         quieten_lightning()
-    given = list(_named(args[1:], NAMELESS.get(args[0])))
+    given = list(_named(args[1:], NAMELESS.get(args[0], [])))
     auto_cli(function, args=given, as_positional=False, parser_class=PlainParser)
     return 0
 
 
-def _named(args: Sequence[str], option: str | None) -> Iterator[str]:
+def _named(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:
     """The arguments, with a name before those that have none.
 
     Example:
-        >>> list(_named(["a", "--out", "b", "c"], "--runs+"))
+        >>> list(_named(["a", "--out", "b", "c"], ["--runs+"]))
         ['--runs+=a', '--out', 'b', '--runs+=c']
     """
-    is_value = False
+    is_value, left = False, list(options)
     for argument in args:
-        nameless = option is not None and not is_value and not argument.startswith("-")
-        yield f"{option}={argument}" if nameless else argument
+        nameless = bool(left) and not is_value and not argument.startswith("-")
+        if nameless:
+            option = left[0] if left[0].endswith("+") else left.pop(0)
+            yield f"{option}={argument}"
+        else:
+            yield argument
         is_value = not is_value and argument.startswith("--") and "=" not in argument

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -16,6 +17,22 @@ from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.models.decoding.branches import Run
 from corrsteer_pl.models.sites import Site, decoder_blocks
 
+# The file of a fit, and of a repository on the Hub.
+FILE = "steering.safetensors"
+CARD = """---
+library_name: corrsteer_pl
+tags: [steering-vectors]
+---
+
+Steering vectors in `steering.safetensors`, one for each site of a language model:
+
+```python
+from corrsteer_pl import SteeringVectors
+
+with SteeringVectors.from_pretrained("this repository").attached(model):
+    model.generate(**inputs)
+```
+"""
 POSITIONS = ("generated", "all", "prompt_last", "first_k")
 
 
@@ -60,11 +77,13 @@ class Schedule:
         return self.decay**step if steps is None or step < steps else 0.0
 
 
-class SteeringVectors:
+class SteeringVectors(ModelHubMixin, library_name="corrsteer_pl", model_card_template=CARD):
     """One vector per site, added to the residual there.
 
     Works on any forward pass of the model, in Hugging Face ``generate`` as well, if it uses a cache: a chunk of several
     tokens is taken for a prompt, whose last position is step 0, and each single-token chunk for the next step.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of the Hugging Face Hub.
 
     Args:
         vectors: Per site ``(d_model,)``, or ``(variants, d_model)`` for a batch in which each sample stands
@@ -123,6 +142,32 @@ class SteeringVectors:
         tensors = {str(site): vector.contiguous() for site, vector in self.vectors.items()}
         metadata = {name: str(value) for name, value in asdict(self.schedule).items()}
         Path(path).write_bytes(to_bytes(tensors, metadata))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / FILE)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,
+    ) -> "SteeringVectors":
+        """Vectors of a folder or of a repository on the Hub, with their own schedule."""
+        if Path(model_id).is_dir():
+            return cls.load(Path(model_id) / FILE)
+        options: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "token": token,
+        }
+        return cls.load(hf_hub_download(model_id, FILE, local_files_only=local_files_only, **options))
 
     @classmethod
     def stack(cls, variants: Sequence[Mapping[Site, Tensor]], schedule: Schedule | None = None) -> Self:

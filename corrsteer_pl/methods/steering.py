@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.files import write_atomically
-from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
 from corrsteer_pl.methods.answering import EVERYWHERE
 from corrsteer_pl.methods.calibration import Budget, damage
 from corrsteer_pl.methods.provenance import check_directions, damaged
@@ -220,4 +220,4 @@ class Steering(Selecting):
         """``selection.json`` and ``steering.safetensors``."""
         super().write(folder)
         vectors = SteeringVectors(self.steering_vectors(), self.schedule)
-        write_atomically(folder / "steering.safetensors", vectors.save)
+        write_atomically(folder / FILE, vectors.save)
