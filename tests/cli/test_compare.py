@@ -19,7 +19,7 @@ from corrsteer_pl.cli.program import main
 from corrsteer_pl.evaluation.comparison import Cell, lines, markdown
 from corrsteer_pl.evaluation.paired import Z_95
 from corrsteer_pl.files import read_rows, write_jsonl
-from corrsteer_pl.methods.registry import METHODS
+from corrsteer_pl.methods.registry import METHODS, READY
 
 SMALL = ["--data.train_size=64", "--data.val_size=16", "--data.test_size=24"]
 METHODS_HERE = ["--methods", "corrsteer_global", "contrastive,few_shot", "rosi"]
@@ -38,7 +38,7 @@ def compared(tmp_path_factory):
 
 
 def test_every_system_names_a_method():
-    assert {system.method for system in SYSTEMS.values()} == set(METHODS) - {"bias"}
+    assert {system.method for system in SYSTEMS.values()} == set(METHODS) - {"bias", *READY}
 
 
 def test_the_table_is_that_of_the_outcomes(compared):
@@ -215,7 +215,8 @@ def test_configurations_of_several_methods_go_together(tmp_path, monkeypatch):
     assert models["demo_rosi", "rosi"] == {"llm": "demo", "form": "projection"}
     assert models["demo_rosi", "crisp"] == {"llm": "demo"}
     assert models["demo_crisp", "crisp"]["k"] == 60
-    assert models["demo_crisp", "corrsteer"] == models["demo", "corrsteer"] == {"llm": "demo", "saes": "demo"}
+    assert models["demo_crisp", "corrsteer"] == {"llm": "demo", "saes": "demo"}
+    assert models["demo", "corrsteer"] == {"llm": "demo", "saes": "demo", "layers": [1, 2, 3]}
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_help_imports_nothing_large(args):
         (
             ["fit", "--method", "corsteer"],
             "the method 'corsteer' is not known; choose one of corrsteer, mean_difference, crisp, finetune, prompting, "
-            "rosi.",
+            "rosi, vectors.",
         ),
         (["train_saes", "--lllm", "x"], "there is no option lllm; the nearest are llm,"),
         (["test"], "test needs the checkpoint of a fit. Give it with --ckpt_path"),

@@ -43,7 +43,7 @@ def test_the_registry_names_methods():
     with pytest.raises(
         UserError,
         match="the method 'corsteer' is not known; choose one of corrsteer, mean_difference, crisp, finetune, "
-        "prompting, rosi, bias",
+        "prompting, rosi, vectors, bias",
     ):
         method_class("corsteer")
 
