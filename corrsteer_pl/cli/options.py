@@ -27,6 +27,7 @@ FUNCTIONS = {
     "export": "corrsteer_pl.commands.export:export",
     "push": "corrsteer_pl.commands.push:push",
     "report": "corrsteer_pl.commands.report:report_on",
+    "serve": "corrsteer_pl.commands.serve:serve",
     "train_saes": "corrsteer_pl.commands.train_saes:train_saes_on",
 }
 # Arguments of the Trainer's stages, and what given_options adds.

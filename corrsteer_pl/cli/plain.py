@@ -10,7 +10,13 @@ from corrsteer_pl.cli.options import FUNCTIONS
 from corrsteer_pl.cli.parser import PlainParser
 
 # The options that arguments without a name are values of, in their order, by command; with + one takes all that follow.
-NAMELESS = {"report": ["--runs+"], "export": ["--run"], "chat": ["--run"], "push": ["--run", "--repository"]}
+NAMELESS = {
+    "report": ["--runs+"],
+    "export": ["--run"],
+    "chat": ["--run"],
+    "serve": ["--run"],
+    "push": ["--run", "--repository"],
+}
 
 
 def run(args: list[str]) -> int:

@@ -292,5 +292,7 @@ def test_the_command_line_knows_both(tmp_path, capsys, monkeypatch):
     assert main(["fit", *tune, *small]) == 0
     assert main(["predict", "--ckpt_path", "tuned/last.ckpt", quiet]) == 0
     # A configuration of a task serves all methods.
-    with pytest.warns(UserWarning, match="demo.yaml sets model.layers, model.saes, which the method finetune does not have"):
+    with pytest.warns(
+        UserWarning, match="demo.yaml sets model.layers, model.saes, which the method finetune does not have"
+    ):
         assert main(["transfer", "--ckpt_path", "tuned/last.ckpt", "--config", "demo.yaml", *small]) == 0

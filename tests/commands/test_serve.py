@@ -1,0 +1,117 @@
+"""The endpoint, asked by the official client: two models, streams, and requests at the same time."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from corrsteer_pl import CorrSteer, TaskDataModule
+from corrsteer_pl.commands.serve import application, listening, serve
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.run_files import RunFiles
+from tests.conftest import make_trainer
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+
+
+@contextmanager
+def running(fit, api_key=None):
+    """The client of a server that runs in a thread."""
+    with listening("127.0.0.1", 0) as place:
+        server = uvicorn.Server(uvicorn.Config(application(fit, "village", api_key), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+        thread.start()
+        address = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
+        try:
+            yield lambda key: openai.OpenAI(base_url=address, api_key=key, max_retries=0)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    module = CorrSteer("demo", "demo", layers=[1, 2, 3])
+    data = TaskDataModule(task="demo_refusal", train_size=300, val_size=60, test_size=20)
+    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    return load_fit(folder), module
+
+
+@pytest.fixture(scope="module")
+def client(fitted):
+    with running(fitted[0]) as make:
+        yield make("any")
+
+
+def text(client, model, prompt, stream=False):
+    found = client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0, stream=stream)
+    parts = list(found) if stream else [found]
+    assert {part.model for part in parts} == {model}
+    return "".join(part.choices[0].text for part in parts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_both_models_answer_as_in_the_test(client, fitted, stream):
+    assert [model.id for model in client.models.list()] == ["village", "village-steered"]
+    changed = [o for o in fitted[1].outcomes if o.answer_baseline != o.answer_steered][:3]
+    assert changed
+    for outcome in changed:
+        assert text(client, "village", outcome.prompt, stream) == outcome.answer_baseline
+        assert text(client, "village-steered", outcome.prompt, stream) == outcome.answer_steered
+
+
+def test_requests_at_the_same_time_never_mix_strengths(client, fitted):
+    changed = [o for o in fitted[1].outcomes if o.answer_baseline != o.answer_steered][:4]
+    asked = [(model, o) for o in changed for model in ("village", "village-steered")] * 3
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda pair: text(client, pair[0], pair[1].prompt), asked))
+    wanted = [o.answer_baseline if model == "village" else o.answer_steered for model, o in asked]
+    assert texts == wanted
+
+
+def test_other_models_and_chats_without_a_template_are_refused(client):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'; there are village and village-steered"):
+        text(client, "gpt", "Hello")
+    with pytest.raises(openai.BadRequestError, match="village has no chat template"):
+        client.chat.completions.create(model="village", messages=[{"role": "user", "content": "Hello"}])
+
+
+def test_with_a_chat_template_conversations_are_answered(fitted):
+    fit, module = fitted
+    tokenizer = fit.method.llm.tokenizer
+    outcome = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    try:
+        with running(fit) as make:
+            messages = [{"role": "user", "content": outcome.prompt}]
+            for model, answer in (("village", outcome.answer_baseline), ("village-steered", outcome.answer_steered)):
+                found = make("any").chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+                assert found.choices[0].message.content.strip() == answer.strip()
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_key_is_asked_for(fitted):
+    with running(fitted[0], "secret") as make:
+        assert len(list(make("secret").models.list())) == 2
+        with pytest.raises(openai.AuthenticationError, match="the key is wrong or missing"):
+            make("wrong").models.list()
+
+
+def test_what_cannot_be_listened_on_is_one_sentence(tmp_path):
+    with listening("127.0.0.1", 0) as place:
+        port = place.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} of 127.0.0.1 cannot be listened on .* Choose another"):
+            serve(tmp_path, port)
+    with pytest.raises(UserError, match=r"--host 0.0.0.0 is reached by other machines, so give a key"):
+        serve(tmp_path, host="0.0.0.0")
+    with pytest.raises(UserError, match="--port is 99999; it is a number from 0"):
+        serve(tmp_path, 99999)
+    with pytest.raises(UserError, match="is no run"):
+        serve(tmp_path, 0)
