@@ -308,6 +308,8 @@ def quieten_lightning() -> None:
         "LightningCLI's args parameter is intended",
         # A test needs no callback of its fit.
         "Be aware that when using `ckpt_path`, callbacks",
+        # A method may keep nothing in parameters or buffers.
+        "contains no parameters",
     )
     for message in unavoidable:
         warnings.filterwarnings("ignore", message=f".*{message}")

@@ -78,8 +78,10 @@ class Vectors(Steering):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm, vectors = self.llm_name, absolute(vectors)
+        llm = self.llm_name
         self.save_hyperparameters()
+        # The command line's own values are stored otherwise; a checkpoint is to find the file from anywhere.
+        self.hparams["vectors"] = absolute(vectors)
         if vector_layers == []:
             raise UserError("model.vector_layers is empty. Name blocks, or leave it out for all that the file has.")
         check_steering({**self.hparams, "site": "resid_post", "layers": None})

@@ -101,14 +101,15 @@ def test_batches_and_order_change_nothing(run):
 
 def test_the_command_line_tests_without_a_fit_and_leaves_a_run(run, tmp_path):
     folder, module = run
-    run_here("test", "--method", "vectors", "--model.vectors", folder / "export/demo.gguf", "--config", "demo.yaml",
+    (tmp_path / "demo.gguf").write_bytes((folder / "export/demo.gguf").read_bytes())
+    run_here("test", "--method", "vectors", "--model.vectors", "demo.gguf", "--config", "demo.yaml",
              *QUIET, cwd=tmp_path)  # fmt: skip
     own = tmp_path / "checkpoints/demo-demo"
     metrics = json.loads((own / "test/demo_qa-test_size-60/metrics.json").read_text(encoding="utf-8"))
     assert metrics["reward_steered"] == module.metrics["reward_steered"]
     assert (metrics["method"], metrics["positions"]) == ("vectors", "all")
     run_here("report", own, cwd=tmp_path)
-    run_here("test", "--ckpt_path", own / "last.ckpt", *QUIET, cwd=tmp_path)
+    run_here("test", "--ckpt_path", own / "last.ckpt", *QUIET, cwd=folder)
     again = json.loads((own / "test/demo_qa-test_size-60/metrics.json").read_text(encoding="utf-8"))
     assert again["reward_steered"] == metrics["reward_steered"]
     run_here("export", own, "--to", "lm_eval", cwd=tmp_path)
