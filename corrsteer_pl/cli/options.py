@@ -25,6 +25,7 @@ TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 FUNCTIONS = {
     "chat": "corrsteer_pl.commands.chat:chat",
     "export": "corrsteer_pl.commands.export:export",
+    "page": "corrsteer_pl.commands.page:page",
     "push": "corrsteer_pl.commands.push:push",
     "report": "corrsteer_pl.commands.report:report_on",
     "serve": "corrsteer_pl.commands.serve:serve",

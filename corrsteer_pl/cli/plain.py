@@ -14,6 +14,7 @@ NAMELESS = {
     "report": ["--runs+"],
     "export": ["--run"],
     "chat": ["--run"],
+    "page": ["--run"],
     "serve": ["--run"],
     "push": ["--run", "--repository"],
 }

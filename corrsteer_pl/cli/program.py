@@ -48,6 +48,7 @@ COMMANDS = {
     "export": Command("Hand a run on to llama.cpp, peft, vLLM or lm-eval, with the measured difference.", PLAIN, "RUN"),
     "push": Command("Put a run's vectors and what was measured on the Hugging Face Hub.", PLAIN, "RUN OWNER/NAME"),
     "chat": Command("Talk to a run: both models side by side, as they write.", PLAIN, "RUN"),
+    "page": Command("Show a run as a page on this machine, with sliders.", PLAIN, "RUN"),
     "serve": Command("Answer the OpenAI interface with a run, unchanged and steered.", PLAIN, "RUN"),
     "lm_eval": Command("Run lm-eval, which then knows --model corrsteer.", LM_EVAL, passes=True),
     "train_saes": Command("Train sparse autoencoders for a model that has none.", PLAIN),

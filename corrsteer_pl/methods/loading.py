@@ -1,6 +1,7 @@
 """A finished fit, loaded with its language model, for what uses it outside of a Trainer."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.options import import_paths
+from corrsteer_pl.tasks import Task
 from corrsteer_pl.tasks.registry import make_task
 from corrsteer_pl.tasks.template import Template
 
@@ -53,18 +55,18 @@ class Fit:
         return self.method.llm.has_chat_template if wanted is None else bool(wanted)
 
     @cached_property
-    def template(self) -> Template | None:
-        """The template of the task's prompts; None if it has none, or is code of the user's own, which is not run."""
+    def task(self) -> Task | None:
+        """The task; None if it is code of the user's own, which is not run, or needs what is not installed."""
         if import_paths(self.data):
             return None
-        try:
-            return getattr(make_task(str(self.data.get("task")), self.data.get("task_args") or {}), "template", None)
-        except UserError:
-            return None
+        with suppress(UserError):
+            return make_task(str(self.data.get("task")), self.data.get("task_args") or {})
+        return None
 
     def asked(self, text: str) -> str:
         """The prompt of a question that someone types, as the task asks it."""
-        return self.template.around(text) if self.template else text
+        template: Template | None = getattr(self.task, "template", None)
+        return template.around(text) if template else text
 
     def prompt_ids(self, turns: Sequence[str]) -> list[int]:
         """Tokens of questions and answers in turn, in the chat template with its system message if the fit's were."""
