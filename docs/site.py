@@ -1,4 +1,4 @@
-"""Puts together what MkDocs makes a site of: the repository's own pages where they are, and a reference that is generated.
+"""Puts together what MkDocs makes a site of: the pages of the repository where they are, and a generated reference.
 
 ``python docs/site.py FOLDER``; the Makefile's target ``docs`` calls it.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 FOLDERS = ("docs", "results")
 # What the pages link to.
-ENDINGS = (".md", ".svg", ".json", ".yaml", ".csv")
+ENDINGS = (".md", ".svg", ".json", ".yaml", ".csv", ".ipynb")
 # The Python interface, by heading.
 MODULES = {
     "Fitting and testing": ["corrsteer_pl.methods.base", "corrsteer_pl.data.module"],
