@@ -57,7 +57,7 @@ bench: $(READY)  ## measure speed against plain ways, on an idle machine, and wr
 table: $(READY)  ## write the table of the demo's results and controls into docs/demo.md
 	$(BIN)/python -m corrsteer_pl.demo.results --page docs/demo.md
 
-docs: $(READY)  ## make the site, build/site/README.html; a dead link is an error
+docs: $(READY)  ## make the site, build/site/index.html; a dead link is an error
 	$(BIN)/python docs/site.py build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
