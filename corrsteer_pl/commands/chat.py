@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -13,11 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.loading import Fit, load_fit
 from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.methods.streams import stream
-from corrsteer_pl.models.decoding.decode import Intervention
 
 HELP = """/scale 0.5     steer half as strongly; /scale alone says how strongly
 /features      what steers, with numbers
@@ -89,25 +86,14 @@ class Talk:
         asked = [[*turns, self.fit.asked(text)] for turns in self.turns]
         prompts = [self.fit.prompt_ids(turns) for turns in asked]
         answers = ["", ""]
-        for answers in stream(self.fit.method.llm, prompts, self.variants(), max_new_tokens):
+        for answers in stream(self.fit.method.llm, prompts, self.fit.scaled(self.scale, self._each), max_new_tokens):
             yield answers
         if self.fit.uses_chat:
             self.turns = [[*turns, answer] for turns, answer in zip(asked, answers, strict=True)]
 
-    def variants(self) -> Intervention:
-        """The unchanged model and the changed one, as it is set."""
-        method: Any = self.fit.method
-        if not isinstance(method, Steering):
-            return self.fit.compared()
-        kept = [feature for number, feature in enumerate(self.features, 1) if number not in self.off]
-        factor = self.scale * method.chosen_scale
-        return SteeringVectors.stack([{}, method.vectors_of(kept, factor)], method.schedule)
-
     @property
-    def features(self) -> list[Any]:
-        """What steers."""
-        method: Any = self.fit.method
-        return list(method.chosen().features) if isinstance(method, Steering) else []
+    def _each(self) -> list[float]:
+        return [float(number not in self.off) for number in range(1, len(self.fit.features) + 1)]
 
     def command(self, line: str) -> str:
         """Do what a line says that begins with a slash; what there is to say of it.
@@ -143,7 +129,7 @@ class Talk:
         cards = getattr(self.fit.method, "cards", [])
         named = {card.get("name"): card for card in cards}
         lines = []
-        for number, feature in enumerate(self.features, 1):
+        for number, feature in enumerate(self.fit.features, 1):
             card = named.get(feature.name, {})
             tokens = " ".join(repr(str(token)) for token in card.get("likelier", [])[:5])
             off = " (off)" if number in self.off else ""
@@ -151,9 +137,9 @@ class Talk:
         return "\n".join(lines) or "Nothing was selected."
 
     def _switch(self, number: str, change: Callable[[int], None]) -> str:
-        if not number.isdecimal() or not 1 <= int(number) <= len(self.features):
+        if not number.isdecimal() or not 1 <= int(number) <= len(self.fit.features):
             raise UserError(
-                f"{number or 'nothing'} is no number of a feature, 1 to {len(self.features)}; see /features."
+                f"{number or 'nothing'} is no number of a feature, 1 to {len(self.fit.features)}; see /features."
             )
         change(int(number))
         return self._shown("")

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +14,8 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome
 from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import percent, show
-from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.loading import Fit, load_fit
-from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.methods.streams import stream
-from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.tasks import Example, rewards_of
 
 # How far sliders go, in units of what validation chose.
@@ -56,9 +52,7 @@ class Trial:
 
     def __init__(self, fit: Fit, max_new_tokens: int) -> None:
         self.fit, self.max_new_tokens = fit, max_new_tokens
-        method: Any = fit.method
-        self.features = list(method.chosen().features) if isinstance(method, Steering) else []
-        self.cards = {card["name"]: card for card in getattr(method, "cards", [])}
+        self.cards = {card["name"]: card for card in getattr(fit.method, "cards", [])}
 
     @cached_property
     def changed(self) -> dict[str, Outcome]:
@@ -78,19 +72,9 @@ class Trial:
         prompt = text if text in self.changed else self.fit.asked(text)
         ids = self.fit.prompt_ids([prompt])
         answers = ["", ""]
-        for answers in stream(self.fit.method.llm, [ids, ids], self.variants(strength, each), self.max_new_tokens):
+        for answers in stream(self.fit.method.llm, [ids, ids], self.fit.scaled(strength, each), self.max_new_tokens):
             yield answers[0], answers[1], ""
         yield answers[0], answers[1], self.judged(text, answers)
-
-    def variants(self, strength: float, each: Sequence[float]) -> Intervention:
-        """The unchanged model and the changed one, as the sliders say."""
-        method: Any = self.fit.method
-        if not isinstance(method, Steering):
-            return self.fit.compared()
-        pairs = zip(self.features, each, strict=True)
-        scaled = [replace(feature, coefficient=feature.coefficient * factor) for feature, factor in pairs]
-        vectors = method.vectors_of(scaled, strength * method.chosen_scale)
-        return SteeringVectors.stack([{}, vectors], method.schedule)
 
     def judged(self, text: str, answers: Sequence[str]) -> str:
         """The rewards of both answers to a question of the test; empty where nothing can be said."""
@@ -131,11 +115,11 @@ def build(trial: Trial) -> Any:
             answers = [gr.Textbox(label=name, lines=8, interactive=False) for name in NAMES]
         reward = gr.Markdown()
         strength = gr.Slider(
-            0, STRONGEST, value=1, step=0.05, label="Strength", visible=bool(trial.features),
+            0, STRONGEST, value=1, step=0.05, label="Strength", visible=bool(fit.features),
             info="1 is what validation chose; 0 steers nothing",
         )  # fmt: skip
         each = []
-        for feature in trial.features:
+        for feature in fit.features:
             with gr.Row():
                 gr.Markdown(trial.described(feature))
                 each.append(gr.Slider(0, STRONGEST, value=1, step=0.05, label=feature.name, show_label=False))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.options import import_paths
+from corrsteer_pl.selection import Feature
 from corrsteer_pl.tasks import Task
 from corrsteer_pl.tasks.registry import make_task
 from corrsteer_pl.tasks.template import Template
@@ -85,6 +86,22 @@ class Fit:
         if isinstance(method, Steering):
             return SteeringVectors.stack([{}, method.steering_vectors()], schedule or method.schedule)
         return method.comparison()
+
+    @cached_property
+    def features(self) -> list[Feature]:
+        """What steers; nothing where weights are changed."""
+        method: Any = self.method
+        return list(method.chosen().features) if isinstance(method, Steering) else []
+
+    def scaled(self, strength: float, each: Sequence[float]) -> Intervention:
+        """The unchanged model and the changed one, with a factor on all that steers, and one on each feature."""
+        method: Any = self.method
+        if not isinstance(method, Steering):
+            return self.compared()
+        pairs = zip(self.features, each, strict=True)
+        scaled = [replace(feature, coefficient=feature.coefficient * factor) for feature, factor in pairs]
+        vectors = method.vectors_of(scaled, strength * method.chosen_scale)
+        return SteeringVectors.stack([{}, vectors], method.schedule)
 
     def questions(self, count: int) -> list[str]:
         """Prompts of its test; a few sentences if there was none."""
