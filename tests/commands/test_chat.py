@@ -6,24 +6,9 @@ import sys
 
 import pytest
 
-from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.chat import Talk, chat
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.loading import load_fit
-from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import make_trainer
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    module = CorrSteer("demo", "demo", layers=[1, 2, 3])
-    data = TaskDataModule(task="demo_refusal", train_size=300, val_size=60, test_size=20)
-    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
-    assert module.metrics["changed"] > 3
-    return folder, module
 
 
 def typed(outcome):
@@ -35,23 +20,23 @@ def last(talk, outcome):
     return answers
 
 
-def test_answers_are_those_of_the_test(run):
-    folder, module = run
+def test_answers_are_those_of_the_test(refusing):
+    folder, module = refusing
     talk = Talk(load_fit(folder))
     for outcome in module.outcomes[:8]:
         assert last(talk, outcome) == [outcome.answer_baseline, outcome.answer_steered]
 
 
-def test_answers_grow_token_by_token(run):
-    folder, module = run
+def test_answers_grow_token_by_token(refusing):
+    folder, module = refusing
     parts = list(Talk(load_fit(folder)).answers(typed(module.outcomes[0]), 8))
     assert len(parts) > 2
     for before, after in itertools.pairwise(parts):
         assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
 
 
-def test_strength_and_features_can_be_set(run):
-    folder, module = run
+def test_strength_and_features_can_be_set(refusing):
+    folder, module = refusing
     talk = Talk(load_fit(folder))
     outcome = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
     assert "Steering 0 times as strongly" in talk.command("/scale 0")
@@ -71,8 +56,8 @@ def test_strength_and_features_can_be_set(run):
             talk.command(line)
 
 
-def test_pipes_get_plain_lines(run, monkeypatch, capsys):
-    folder, module = run
+def test_pipes_get_plain_lines(refusing, monkeypatch, capsys):
+    folder, module = refusing
     changed = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{typed(changed)}\n\n/scale\n/nothing\n"))
     chat(folder, max_new_tokens=8)

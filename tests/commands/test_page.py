@@ -13,12 +13,9 @@ from itertools import pairwise
 
 import pytest
 
-from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.page import page
 from corrsteer_pl.commands.serve import listening
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import make_trainer
 
 gradio_client = pytest.importorskip("gradio_client")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,14 +28,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
+def shown(refusing):
     """The address of a page, with what it asks and the method of its run."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    module = CorrSteer("demo", "demo", layers=[1, 2, 3])
-    data = TaskDataModule(task="demo_refusal", train_size=300, val_size=60, test_size=20)
-    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
+    folder, module = refusing
     with listening("127.0.0.1", 0) as place:
         port = place.getsockname()[1]
     command = [sys.executable, "-m", "corrsteer_pl", "page", str(folder), "--port", str(port), "--max_new_tokens=8"]

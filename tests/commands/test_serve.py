@@ -6,12 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.serve import application, listening, serve
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.loading import load_fit
-from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import make_trainer
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -33,13 +30,8 @@ def running(fit, api_key=None):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    module = CorrSteer("demo", "demo", layers=[1, 2, 3])
-    data = TaskDataModule(task="demo_refusal", train_size=300, val_size=60, test_size=20)
-    trainer = make_trainer(default_root_dir=folder, enable_checkpointing=True, callbacks=[RunFiles()])
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
+def fitted(refusing):
+    folder, module = refusing
     return load_fit(folder), module
 
 
