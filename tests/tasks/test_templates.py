@@ -85,7 +85,7 @@ def test_an_unknown_field_is_one_sentence_with_the_fields():
 
 
 def test_the_template_of_the_guide_asks_in_its_own_words():
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "benchmarks.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n# prompts of one's own.*?\n(.*?)```", guide, re.DOTALL)
     data = yaml.safe_load(block)["data"]
     asked = make_task(data["task"], data["task_args"]).example({**CHOICE, "subject": "law"}, "r").prompt
