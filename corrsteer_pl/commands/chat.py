@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
@@ -35,8 +36,9 @@ def chat(run: Path, max_new_tokens: int = 128) -> None:
     """
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it is a number of tokens, at least 1.")
-    talk = Talk(load_fit(run))
     console = Console(highlight=False)
+    with console.status(f"loading {run}") if sys.stdin.isatty() else nullcontext():
+        talk = Talk(load_fit(run))
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  Arrow keys, and the lines before.
@@ -119,10 +121,7 @@ class Talk:
         if not isinstance(self.fit.method, Steering):
             raise UserError(f"{self.fit.method.name} changes weights, which have no strength to set.")
         if value:
-            try:
-                self.scale = float(value)
-            except ValueError as error:
-                raise UserError(f"/scale takes a number, not {value!r}: /scale 0.5") from error
+            self.scale = _factor(value)
         return f"Steering {self.scale:g} times as strongly as the run."
 
     def _shown(self, _: str) -> str:
@@ -145,8 +144,15 @@ class Talk:
         return self._shown("")
 
 
+def _factor(value: str) -> float:
+    with suppress(ValueError):
+        if isfinite(factor := float(value)):
+            return factor
+    raise UserError(f"/scale takes a number, not {value!r}: /scale 0.5")
+
+
 def _side_by_side(talk: Talk, line: str, max_new_tokens: int, console: Console) -> None:
-    with Live(console=console, refresh_per_second=12, vertical_overflow="visible") as live:
+    with Live(console=console, refresh_per_second=12) as live:
         for texts in talk.answers(line, max_new_tokens):
             table = Table(expand=True, box=None)
             for name in NAMES:

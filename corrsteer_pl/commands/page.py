@@ -18,7 +18,7 @@ from corrsteer_pl.methods.loading import Fit, load_fit
 from corrsteer_pl.methods.streams import stream
 from corrsteer_pl.tasks import Example, rewards_of
 
-# How far sliders go, in units of what validation chose.
+# How far sliders go, in units of what the run steers with.
 STRONGEST = 3.0
 # Characters of a question in the list.
 SHOWN = 100
@@ -110,13 +110,14 @@ def build(trial: Trial) -> Any:
         if trial.changed:
             choices = [(f"{' '.join(prompt.split())[-SHOWN:]}", prompt) for prompt in trial.changed]
             picked = gr.Dropdown(choices, value=None, label="Questions of the test whose answers changed")
-        text = gr.Textbox(label="Question", lines=3, submit_btn="Ask")
+        # With one line to begin with, Enter asks.
+        text = gr.Textbox(label="Question", lines=1, max_lines=12, submit_btn="Ask")
         with gr.Row():
             answers = [gr.Textbox(label=name, lines=8, interactive=False) for name in NAMES]
         reward = gr.Markdown()
         strength = gr.Slider(
             0, STRONGEST, value=1, step=0.05, label="Strength", visible=bool(fit.features),
-            info="1 is what validation chose; 0 steers nothing",
+            info="1 is what the run steers with; 0 steers nothing",
         )  # fmt: skip
         each = []
         for feature in fit.features:

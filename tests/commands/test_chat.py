@@ -50,8 +50,11 @@ def test_strength_and_features_can_be_set(refusing):
     for number in range(1, count + 1):
         talk.command(f"/on {number}")
     assert last(talk, outcome) == [outcome.answer_baseline, outcome.answer_steered]
-    for line, sentence in (("/scale much", "/scale takes a number"), ("/off 99", "99 is no number of a feature"),
-                           ("/off", "nothing is no number"), ("/what", "there is no /what")):  # fmt: skip
+    mistakes = {
+        "/scale much": "/scale takes a number", "/scale nan": "/scale takes a number", "/what": "there is no /what",
+        "/off": "nothing is no number", "/off 99": "99 is no number of a feature",
+    }  # fmt: skip
+    for line, sentence in mistakes.items():
         with pytest.raises(UserError, match=sentence):
             talk.command(line)
 
