@@ -310,6 +310,8 @@ class _Placed:
             self._variant, self._like = variant, like
             self.vectors = self.vectors.to(hidden.device, hidden.dtype)
             if variant is None:
+                if hidden.shape[0] % len(self.vectors):
+                    raise ValueError(f"{hidden.shape[0]} rows cannot hold {len(self.vectors)} variants side by side")
                 variant = (torch.arange(hidden.shape[0]) % len(self.vectors)).unsqueeze(1)
             self._placed = self.vectors[variant.to(hidden.device)]
         return self._placed

@@ -319,6 +319,21 @@ def test_parts_that_fit_a_processor_say_what_the_whole_batch_says(tiny, monkeypa
     assert Decoder(tiny, NEW).compare(batch, variants) == expected
 
 
+@pytest.mark.parametrize("tokens", [1, 30, 60, 70, 10**9])
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_keep_the_variants_that_change_the_prompt_apart(tiny, monkeypatch, count, tokens):
+    monkeypatch.setattr(decode, "CPU_TOKENS", tokens)
+    batch, many = batch_of(tiny), [{}, vectors((1,)), vectors((0, 2), seed=1)][:count]
+    variants = SteeringVectors.stack(many, Schedule("all"))
+    decoder = Decoder(tiny, NEW)
+    texts, logits = decoder.compare(batch, variants), decoder.first_logits(batch, variants)
+    for variant, said, first in zip(many, texts, logits, strict=True):
+        with SteeringVectors(variant, Schedule("all")).attached(tiny.model):
+            assert said == hf_texts(tiny, batch)
+            expected = torch.stack([tiny.model(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
+        torch.testing.assert_close(first, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_rows_have_room_for_themselves_alone(llm, monkeypatch):
     rooms, fill = [], decode.FullCache.fill
 

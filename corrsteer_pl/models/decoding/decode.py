@@ -291,7 +291,7 @@ class Decoder:
         count, rows = len(group), repeated(prompts, len(group))
         if cache is None:
             with group.attached(self.llm.model):
-                _, own = self._prefill(rows, share=False)
+                _, own = self._prefill(rows, share=False, together=count)
         else:
             samples = torch.arange(len(prompts.input_ids), device=prompts.input_ids.device)
             own = picked(cache, samples.repeat_interleave(count))
@@ -410,6 +410,7 @@ class Decoder:
         branches: int = 0,
         share: bool = True,
         whole: bool = True,
+        together: int = 1,
     ) -> tuple[Prompts, DynamicCache]:
         """Read every prompt token but the last.
 
@@ -419,6 +420,7 @@ class Decoder:
             branches: How many branches of a prompt will share the cache; then it keeps every token.
             share: Whether to reuse the prefix that earlier prompts share.
             whole: Otherwise tokens that fit into one forward pass are left to the first step, which saves a pass.
+            together: How many adjacent rows are variants of one prompt, which a change of the model tells by place.
 
         Returns:
             The prompts, whose padding may have moved behind a shared prefix, and the cache.
@@ -432,13 +434,14 @@ class Decoder:
         start, last = cache.get_seq_length(), ids.shape[1] - 1
         left = not whole and not (reader and reader.reads_prompt) and self._at_once(len(ids), last + 1 - start)
         if start < last and not left:
-            cache = self._read(ids[:, start:last], mask[:, :last], cache, reader)
+            cache = self._read(ids[:, start:last], mask[:, :last], cache, reader, together)
         return Padded(ids, mask), cache
 
-    def _read(self, ids: Tensor, mask: Tensor, cache: Any, reader: PoolReader | None) -> Any:
+    def _read(self, ids: Tensor, mask: Tensor, cache: Any, reader: PoolReader | None, together: int) -> Any:
         """Read prompt tokens ``(batch, new)`` after those in a cache; the cache of all of them.
 
-        On a CPU a few prompts are read at a time, because the activations of many would not fit into its caches.
+        On a CPU a few prompts, with all their variants, are read at a time, because the activations of many would not
+        fit into its caches.
         """
         new, reads = ids.shape[1], reader is not None and reader.reads_prompt
         if self._at_once(len(ids), new) or reads or not isinstance(cache, FullCache):
@@ -447,7 +450,7 @@ class Decoder:
                 reader.read_prompt(mask[:, -new:].bool() & self.llm.is_text(ids))
             return cache
         parts = []
-        for rows in torch.arange(len(ids)).split(max(1, CPU_TOKENS // new)):
+        for rows in torch.arange(len(ids)).split(max(1, CPU_TOKENS // (new * together)) * together):
             parts.append(cache.picked(rows))
             self.llm.forward(ids[rows], mask[rows], positions_of(mask[rows])[:, -new:], parts[-1])
         return joined(parts)
