@@ -276,13 +276,14 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def run_folder(given: dict[str, Any]) -> Path:
     """Where a run's results go: named after its configuration files, or else after the task.
 
-    For vectors from elsewhere the name of their file follows, lest their results mix with those of a fit.
+    For vectors from elsewhere the name of their file follows, and the row of a matrix, lest their results mix with those of a fit.
     """
     if "trainer.default_root_dir" in given:
         return Path(str(given["trainer.default_root_dir"]))
     names = given.get("configs") or [Path(str(given.get("data.task", "demo_qa"))).name]
     file = [Path(str(given["model.vectors"])).stem] if "model.vectors" in given else []
-    return RUNS / "-".join([*names, *file])
+    row = [f"row{given['model.row']}"] if "model.row" in given else []
+    return RUNS / "-".join([*names, *file, *row])
 
 
 def replace_values(args: Sequence[str], names: Sequence[str], change: Callable[[str], str]) -> list[str]:

@@ -148,12 +148,19 @@ class Parser(OneSentence, LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` when the fit has come to its end, lest a refused one spoil an earlier run."""
+    """Writes ``config.yaml`` when a run has come to its end, lest a refused one spoil an earlier run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Not yet: what follows may still be refused."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.starts_a_run:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             config = Path(trainer.default_root_dir) / "config.yaml"

@@ -158,6 +158,11 @@ class Method(PairedEvaluation):
         self.log_validation({"baseline_reward": baseline, "reward": changed})
 
     @property
+    def starts_a_run(self) -> bool:
+        """Whether what is tested comes from no fit, nor from a checkpoint."""
+        return self.counted == 0 and self._record is None
+
+    @property
     def mark(self) -> str | None:
         """What tells this fit from another in the same folder; stands in the results of its tests."""
         return None

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import LAST, check_writable, write_atomically, write_json, write_jsonl
+from corrsteer_pl.methods.provenance import Provenance, read_checkpoint
 
 
 class RunFiles(Checkpoint):
@@ -53,13 +54,31 @@ class RunFiles(Checkpoint):
         """Save what was selected in the end."""
         self._save_selected(trainer, pl_module)
 
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse to put what needs no fit in the place of another run.
+
+        Raises:
+            UserError: The folder has a fit, or a test of something else.
+        """
+        last = self._folder(trainer) / LAST
+        if not pl_module.starts_a_run or pl_module.trainer.fast_dev_run or not last.is_file():
+            return
+        record = Provenance.read(read_checkpoint(last))
+        ours = (pl_module.name, pl_module.options(pl_module.settings.settled), pl_module.llm.identity)
+        if record.counted or (record.method, record.settled, record.llm) != ours:
+            what = "a fit" if record.counted else f"another run of the method {record.method}"
+            raise UserError(
+                f"{last.parent} has {what}, which this test would replace. Test that one with --ckpt_path {last}, or "
+                "name another folder with --trainer.default_root_dir."
+            )
+
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the comparison."""
         if trainer.is_global_zero and not pl_module.trainer.fast_dev_run:
             self.written = self._folder(trainer) / "test" / self._tagged(pl_module.datamodule.hparams["task"])
             write_json(self.written / "metrics.json", {**_described(pl_module), **pl_module.metrics})
             write_jsonl(self.written / "outcomes.jsonl", map(vars, pl_module.outcomes))
-        if pl_module.counted == 0 and not pl_module.trainer.fast_dev_run:
+        if pl_module.starts_a_run and not pl_module.trainer.fast_dev_run:
             # What was tested without a fit is a run of its own, for what comes after.
             written = self.written
             self._save_selected(trainer, pl_module)

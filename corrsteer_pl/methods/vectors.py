@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import absolute
 from corrsteer_pl.formats.reading import read_vectors
-from corrsteer_pl.interventions.steering import SteeringVectors
+from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_steering
 from corrsteer_pl.methods.steering import Steering
@@ -104,9 +104,7 @@ class Vectors(Steering):
         """
         h = self.hparams
         file = read_vectors(Path(h["vectors"]), h["vector_layers"], h["row"])
-        if h["positions"] is None:
-            self.schedule = file.schedule or self.schedule
-            h.update(vars(self.schedule))
+        self._steer_at(file.schedule or self.schedule)
         SteeringVectors(file.vectors).check(self.llm.model)
         self.directions = {}
         found: list[Feature] = []
@@ -120,6 +118,20 @@ class Vectors(Steering):
             self.directions[feature.name] = vector / size
             found.append(feature)
         return tuple(found)
+
+    def _steer_at(self, schedule: Schedule) -> None:
+        """Take over the positions of a file, unless others are given."""
+        if self.hparams["positions"] is None:
+            self.schedule = schedule
+            self.hparams.update(vars(schedule))
+
+    def state(self) -> dict[str, Any]:
+        """The positions of the file beside what any fit found, so that a test needs it no more."""
+        return {**super().state(), "schedule": vars(self.schedule)}
+
+    def restore_more(self, state: dict[str, Any]) -> None:
+        """Steer where the file said."""
+        self._steer_at(Schedule(**state["schedule"]))
 
     def described(self, selection: Selection) -> Selection:
         """The selection with the name of what its candidates are listed by."""

@@ -1,6 +1,7 @@
 """Vectors from elsewhere under the same evaluation: tested as given, chosen by validation, and handed on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from corrsteer_pl.methods.run_files import RunFiles
 from corrsteer_pl.methods.vectors import Vectors
 from tests.conftest import make_trainer, run_here
 
-pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.yaml sets model.layers")
+pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.* sets model")
 SMALL = {"train_size": 300, "val_size": 60, "test_size": 60}
 QUIET = ["--trainer.enable_progress_bar=false", "--data.test_size=60"]
 
@@ -114,6 +115,32 @@ def test_the_command_line_tests_without_a_fit_and_leaves_a_run(run, tmp_path):
     assert again["reward_steered"] == metrics["reward_steered"]
     run_here("export", own, "--to", "lm_eval", cwd=tmp_path)
     assert (own / "export/demo-demo.lm_eval.pt").is_file()
+
+
+def test_a_test_without_a_fit_takes_no_other_runs_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.eye(128)[:3], "some.pt")
+    given = ["--method", "vectors", "--config", "demo.yaml", "--model.vector_layers=[1]", *QUIET, "--data.val_size=8"]
+    row = [*given, "--model.vectors", "some.pt", "--model.row"]
+    assert main(["fit", *row, "1"]) == 0
+    (last,) = Path("checkpoints").glob("*/last.ckpt")
+    fitted = last.read_bytes()
+    assert main(["test", *row, "1"]) == 2
+    assert f"{last.parent} has a fit, which this test would replace" in capsys.readouterr().err
+    assert last.read_bytes() == fitted
+    # Another row is another run; the same one may be tested again, and on other tasks.
+    assert main(["test", *row, "2"]) == main(["test", *row, "2"]) == 0
+    own = last.parent.with_name("demo-some-row2") / "last.ckpt"
+    assert last.parent.name == "demo-some-row1"
+    kept = own.read_bytes()
+    assert main(["transfer", "--ckpt_path", str(own), "--config", "demo.yaml", "--config", "demo_refusal.yaml"]) == 0
+    assert len(json.loads(own.with_name("transfer.json").read_text(encoding="utf-8"))["tasks"]) == 2
+    assert own.read_bytes() == kept
+    torch.save(torch.eye(128)[2], "other.pt")
+    elsewhere = ["--model.vectors", "other.pt", "--trainer.default_root_dir", str(own.parent)]
+    assert main(["test", *given, *elsewhere]) == 2
+    assert "has another run of the method vectors, which this test would replace" in capsys.readouterr().err
+    assert own.read_bytes() == kept
 
 
 @pytest.mark.parametrize(
