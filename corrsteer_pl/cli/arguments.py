@@ -276,7 +276,8 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def run_folder(given: dict[str, Any]) -> Path:
     """Where a run's results go: named after its configuration files, or else after the task.
 
-    For vectors from elsewhere the name of their file follows, and the row of a matrix, lest their results mix with those of a fit.
+    For vectors from elsewhere the name of their file follows, and the row of a matrix, lest their results mix with
+    those of a fit.
     """
     if "trainer.default_root_dir" in given:
         return Path(str(given["trainer.default_root_dir"]))

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.render import render
 from corrsteer_pl.evaluation.report import verdict
 from corrsteer_pl.evaluation.run import Run
@@ -63,10 +63,9 @@ def push(run: Path, repository: str, private: bool = False, license: str | None 
 
 def card(run: Run, vectors: SteeringVectors, repository: str, license: str | None) -> str:
     """The model card of a run."""
-    name = run.selection.llm.get("name", "")
-    base = name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    base = run.model if HUB_ID.fullmatch(run.model) and not Path(run.model).exists() else None
     shown = {
-        "run": run, "base": base, "model": base or Path(name).name, "repository": repository, "license": license,
+        "run": run, "base": base, "model": run.model, "repository": repository, "license": license,
         "verdict": verdict(run, run.test()), "schedule": vectors.schedule, "sites": list(vectors.vectors),
         "saes": _without_places(run.selection.saes).get("name"),
     }  # fmt: skip
@@ -105,5 +104,7 @@ def _told(repository: str) -> Iterator[None]:
         }
         told = reasons.get(status, f"it answered {status}: try again later")
         raise UserError(f"the Hub did not take {repository}: {told}.") from error
+    except ValueError as error:
+        raise UserError(f"the Hub did not take the model card: {one_line(error)}.") from error
     except UNREACHED as error:
         raise UserError(f"the Hub cannot be reached, so nothing was pushed ({type(error).__name__}).") from error

@@ -140,7 +140,7 @@ def _outcome(run: Run, test: Test | None) -> str:
             f"({percentage(selection.baseline_reward)} there)."
         )
     number = f"{count} {words.noun}{'s' * (count != 1)}"
-    what = words.what.format(model=selection.llm.get("name", "the model"), number=number)
+    what = words.what.format(model=run.model, number=number)
     if test is None:
         joint = selection.joint_reward
         gained = f" took the reward on validation from {percentage(selection.baseline_reward)} to {percentage(joint)}"

@@ -92,6 +92,12 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def model(self) -> str:
+        """The language model's name: on the Hub, or the last part of its path."""
+        name = str(self.selection.llm.get("name", "the model"))
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
     def place(self) -> str:
         """The folder as it can be written into a command, from where the report was asked for."""
         return self.beside("")

@@ -96,6 +96,14 @@ def test_a_token_that_is_not_known_is_told_and_not_shown(run, hub, monkeypatch, 
     assert "hf_wrong" not in error
 
 
+def test_a_card_that_the_hub_does_not_take_is_told(run, writable, capsys):
+    assert main(["push", str(run), "me/happy", "--license", "My Own"]) == 2
+    assert (
+        'the Hub did not take the model card: Invalid metadata in README.md. - "license" must'
+        in capsys.readouterr().err
+    )
+
+
 def test_an_empty_selection_and_weights_are_not_pushed(run, writable, tmp_path, capsys):
     SteeringVectors({}).save(run / "steering.safetensors")
     assert main(["push", str(run), "me/nothing"]) == 2
@@ -115,4 +123,5 @@ def test_a_local_model_is_named_without_its_place(run, writable):
     card = (writable.root / "models/me/local/README.md").read_text(encoding="utf-8")
     assert "base_model" not in card
     assert "steering vectors for base" in card
+    assert "/home/me" not in card
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"

@@ -142,7 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
             (self.server.hub.root / "models" / name).mkdir(parents=True, exist_ok=True)
             self.send_json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
         elif parts == ["api", "validate-yaml"]:
-            self.send_json({"errors": [], "warnings": []})
+            license = re.search(r"^license: (.*)$", json.loads(body)["content"], re.MULTILINE)
+            known = license is None or re.fullmatch(r"[a-z0-9.-]+", license[1])
+            errors = [] if known else [{"message": '"license" must be one of apache-2.0, mit and others'}]
+            self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
         elif parts[:2] == ["api", "models"] and parts[4:5] in (["preupload"], ["commit"]):
             name = "/".join(parts[2:4])
             self.require_writer(parts[2])
