@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.loading import load_fit
 
 NAME = "corrsteer"
+# What lm-eval's model ``hf`` takes, and a run does not settle.
+TAKEN = (
+    "add_bos_token", "batch_size", "chat_template_args", "device", "enable_thinking", "logits_cache", "max_batch_size",
+    "max_length", "mixed_precision_dtype", "prefix_token_id", "softmax_dtype", "think_end_token", "truncation",
+)  # fmt: skip
 
 
 def run(args: list[str]) -> int:
@@ -59,15 +64,34 @@ def _steered_run() -> type:
         Args:
             run: Folder of the run.
             steered: False for the unchanged model.
-            **others: What lm-eval's model ``hf`` takes: ``batch_size``, ``max_length``, ...
+            **others: What lm-eval's model ``hf`` takes and a run does not settle: ``batch_size``, ``max_length``, ...
+
+        Raises:
+            UserError: There is no run, or an option that a run does not take.
         """
 
-        def __init__(self, run: str, steered: bool = True, **others: Any) -> None:
+        def __init__(self, run: str | None = None, steered: bool = True, **others: Any) -> None:
+            if run is None:
+                raise UserError("the model corrsteer needs a run: --model_args run=checkpoints/demo.")
+            if unknown := sorted(others.keys() - set(TAKEN)):
+                known = choices(("run", "steered", *TAKEN))
+                raise UserError(f"--model_args has {unknown[0]}, which a run does not take; it takes {known}.")
+            if not isinstance(steered, bool):
+                raise UserError(f"--model_args has steered={steered}; it is True or False.")
             fit = load_fit(Path(run))
             others.pop("device", None)  # Lightning's choice: the GPU if there is one.
             super().__init__(pretrained=fit.method.llm.model, tokenizer=fit.method.llm.tokenizer, **others)
             self._variant = list(fit.compared().groups(1))[steered]
             self._starts: dict[tuple[int, ...], int] = {}
+            self._is_tried = False
+
+        def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+            """Find a size with texts that nobody asked for, and that nothing steers."""
+            self._is_tried = True
+            try:
+                return super()._detect_batch_size(*args, **kwargs)
+            finally:
+                self._is_tried = False
 
         def _loglikelihood_tokens(self, requests: list, **options: Any) -> list:
             """Score continuations, of which steering needs to know where they begin."""
@@ -79,6 +103,8 @@ def _steered_run() -> type:
             return [found[i] for i in range(len(requests))]
 
         def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._is_tried:
+                return super()._model_call(inps, *args, **kwargs)
             starts = [self._starts[_key(row)] for row in inps.tolist()]
             with _read_at(self._variant, self.model, starts, inps.shape[1]):
                 return super()._model_call(inps, *args, **kwargs)

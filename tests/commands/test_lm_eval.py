@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands import lm_eval as command
+from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import cli, make_trainer
@@ -70,6 +71,26 @@ def test_log_likelihoods_are_those_of_decoding_step_by_step(name, batch_size, ru
         assert nats != pytest.approx(unsteered, abs=1e-3)
         assert unsteered == pytest.approx(step_by_step(SimpleNamespace(
             llm=module.llm, steering_vectors=dict), *tokens, none), abs=1e-4)  # fmt: skip
+
+
+def test_a_batch_size_that_is_found_changes_nothing(runs):
+    folder, _ = runs["decaying"]
+    texts = requests(PAIRS)
+    found = model_of(folder, batch_size="auto", max_batch_size=4, max_length=64).loglikelihood(texts)
+    alone = model_of(folder, batch_size=1).loglikelihood(texts)
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in alone], abs=1e-4)
+
+
+def test_what_a_run_does_not_take_is_told(runs):
+    folder, _ = runs["decaying"]
+    mistakes = {"scale": 2, "dtype": "bfloat16", "steerd": False}
+    for name, value in mistakes.items():
+        with pytest.raises(UserError, match=f"--model_args has {name}, which a run does not take; it takes run, steer"):
+            model_of(folder, **{name: value})
+    with pytest.raises(UserError, match="steered=maybe; it is True or False"):
+        model_of(folder, steered="maybe")
+    with pytest.raises(UserError, match="the model corrsteer needs a run"):
+        command.SteeredRun()
 
 
 def test_equal_texts_that_are_parted_elsewhere_are_steered_elsewhere(runs):
