@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 
@@ -48,16 +49,21 @@ def chat(run: Path, max_new_tokens: int = 128) -> None:
             if line.startswith("/"):
                 if line == "/quit":
                     return
-                console.print(talk.command(line), markup=False)
+                console.print(talk.command(line), markup=False, soft_wrap=True)
             elif sys.stdout.isatty():
                 _side_by_side(talk, line, max_new_tokens, console)
             else:
                 _plainly(talk, line, max_new_tokens)
         except UserError as error:
-            console.print(str(error), markup=False, style="red")
+            console.print(str(error), markup=False, style="red", soft_wrap=True)
+        except KeyboardInterrupt:
+            # As if it had not been asked; Ctrl-C at the next question ends the talk.
+            console.print("stopped", style="dim")
 
 
 def _lines(asks: bool) -> Iterator[str]:
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> ") if asks else input()

@@ -124,7 +124,15 @@ def build(trial: Trial) -> Any:
             with gr.Row():
                 gr.Markdown(trial.described(feature))
                 each.append(gr.Slider(0, STRONGEST, value=1, step=0.05, label=feature.name, show_label=False))
-        text.submit(trial.ask, [text, strength, *each], [*answers, reward], api_name="ask")
+
+        def ask(*given: Any) -> Iterator[tuple[str, str, str]]:
+            try:
+                if str(given[0]).strip():
+                    yield from trial.ask(*given)
+            except UserError as error:
+                raise gr.Error(str(error)) from error
+
+        text.submit(ask, [text, strength, *each], [*answers, reward], api_name="ask")
         if trial.changed:
             picked.input(lambda prompt: prompt, picked, text, api_visibility="private")
     return blocks

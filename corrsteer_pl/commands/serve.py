@@ -2,8 +2,9 @@
 
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,6 +13,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.methods.loading import Fit, load_fit
 from corrsteer_pl.models.decoding.decode import Intervention
+from corrsteer_pl.models.llm import LanguageModel
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What the server of transformers needs.
@@ -66,27 +68,56 @@ def names(name: str) -> tuple[str, str]:
     return name, f"{name}-steered"
 
 
+def refusal(request: Mapping[str, Any], models: Iterable[str]) -> tuple[int, str] | None:
+    """Why a request cannot be answered, with HTTP's status; None if it can.
+
+    Example:
+        >>> refusal({"model": "other"}, ["demo"])
+        (404, "there is no model 'other'; there is demo")
+    """
+    known, model = tuple(models), request.get("model")
+    if model not in known:
+        return 404, f"there is no model {model!r}; there {'is' if len(known) == 1 else 'are'} {' and '.join(known)}"
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        wanted = request.get(field)
+        if wanted is not None and (type(wanted) is not int or wanted < 1):
+            return 400, f"{field} is {wanted!r}; it is a number of tokens, at least 1"
+    heat = request.get("temperature")
+    if heat is not None and not (type(heat) in (int, float) and 0 <= heat < inf):
+        return 400, f"temperature is {heat!r}; it is a number, at least 0"
+    if request.get("n") not in (None, 1):
+        return 400, f"n is {request['n']!r}, but a request has one answer"
+    if request.get("logprobs"):
+        return 400, "logprobs cannot be had here; leave them out"
+    return None
+
+
 class Variant:
     """A language model under one of two variants, which generates while the other does not.
 
     Both share weights, so hooks of one must not be there while the other runs.
 
     Args:
-        model: The language model.
+        llm: The language model.
         variant: The variant.
         lock: One lock for both.
     """
 
-    def __init__(self, model: Any, variant: Intervention, lock: Lock) -> None:
-        self._model, self._variant, self._lock = model, variant, lock
+    def __init__(self, llm: LanguageModel, variant: Intervention, lock: Lock) -> None:
+        self._llm, self._variant, self._lock = llm, variant, lock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self._llm.model, name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate under the variant."""
-        with self._lock, self._variant.attached(self._model):
-            return self._model.generate(*args, **kwargs)
+        from fastapi import HTTPException
+
+        length, most = kwargs["input_ids"].shape[1], self._llm.context
+        if length > most:
+            raise HTTPException(400, f"the prompt has {length} tokens, but the model reads at most {most}")
+        with self._lock, self._variant.attached(self._llm.model):
+            return self._llm.model.generate(*args, **kwargs)
 
 
 def application(fit: Fit, name: str, api_key: str | None = None) -> Any:
@@ -103,7 +134,7 @@ def application(fit: Fit, name: str, api_key: str | None = None) -> Any:
     from transformers.cli.serving.utils import GenerationState, Modality
 
     lock, llm = Lock(), fit.method.llm
-    variants = [Variant(llm.model, variant, lock) for variant in fit.compared().groups(1)]
+    variants = [Variant(llm, variant, lock) for variant in fit.compared().groups(1)]
     models: Mapping[str, Variant] = dict(zip(names(name), variants, strict=True))
 
     class Models(ModelManager):
@@ -114,9 +145,8 @@ def application(fit: Fit, name: str, api_key: str | None = None) -> Any:
             return model_id
 
         def load_model_and_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> tuple[Any, Any]:
-            if model_id_and_revision not in models:
-                there = " and ".join(models)
-                raise HTTPException(404, f"there is no model {model_id_and_revision!r}; there are {there}")
+            if refused := refusal({"model": model_id_and_revision}, models):
+                raise HTTPException(*refused)
             return models[model_id_and_revision], llm.tokenizer
 
         def get_model_modality(self, model: Any, processor: Any = None) -> Any:  # type: ignore[override]
@@ -129,15 +159,31 @@ def application(fit: Fit, name: str, api_key: str | None = None) -> Any:
         def shutdown(self) -> None:
             """Keep what is loaded."""
 
-    class Chats(ChatCompletionHandler):
-        async def handle_request(self, *args: Any) -> Any:
-            if not llm.has_chat_template:
+    class Checked:
+        async def handle_request(self, request: Mapping[str, Any], *args: Any) -> Any:
+            if refused := refusal(request, models):
+                raise HTTPException(*refused)
+            return await super().handle_request(request, *args)  # type: ignore[misc]
+
+    class Completions(Checked, CompletionHandler):
+        async def handle_request(self, request: Mapping[str, Any], *args: Any) -> Any:
+            if not request.get("prompt"):
+                raise HTTPException(400, "there is no prompt")
+            return await super().handle_request(request, *args)
+
+    class Talks(Checked):
+        async def handle_request(self, request: Mapping[str, Any], *args: Any) -> Any:
+            if request.get("model") in models and not llm.has_chat_template:
                 raise HTTPException(400, f"{name} has no chat template. Ask for completions of a plain prompt instead.")
-            return await super().handle_request(*args)
+            return await super().handle_request(request, *args)
+
+    class Chats(Talks, ChatCompletionHandler): ...
+
+    class Responses(Talks, ResponseHandler): ...
 
     manager, state = Models(), GenerationState()
     kinds = {
-        "chat_handler": Chats, "completion_handler": CompletionHandler, "response_handler": ResponseHandler,
+        "chat_handler": Chats, "completion_handler": Completions, "response_handler": Responses,
         "transcription_handler": TranscriptionHandler, "systemone_handler": SystemOneHandler,
     }  # fmt: skip
     handlers = {option: kind(manager, state) for option, kind in kinds.items()}

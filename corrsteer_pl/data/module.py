@@ -337,18 +337,17 @@ class TaskDataModule(LightningDataModule):
             UserError: It can answer none, or a prompt is empty.
         """
         llm = self._module.llm
-        context = getattr(llm.config, "max_position_embeddings", None) or 10**9
         pairs = [(example, len(self.token_ids(example, task))) for example in self.examples[split]]
         if empty := [example for example, length in pairs if length == 0]:
             raise UserError(f"the prompt of {empty[0].id} is empty. Remove the row.")
         news = [self._new_tokens(example, task) for example, _ in pairs]
-        fits = [pair for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 <= context]
-        too_long = [(*pair, new) for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 > context]
+        fits = [pair for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 <= llm.context]
+        too_long = [(*pair, new) for pair, new in zip(pairs, news, strict=True) if pair[1] + new - 1 > llm.context]
         if too_long:
             example, length, new = too_long[0]
             sentence = (
                 f"the prompt of {example.id} has {length} tokens; with {new} new ones that exceeds the context of "
-                f"{llm.name} ({context})"
+                f"{llm.name} ({llm.context})"
             )
             if not fits:
                 raise UserError(f"{sentence}, and so do all {split} prompts. Shorten them, or take another model.")

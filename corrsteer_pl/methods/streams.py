@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from corrsteer_pl.errors import UserError
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel, positions_of
 
@@ -20,14 +21,23 @@ def stream(
         llm: The language model.
         prompts: Tokens of a prompt for each variant.
         variants: The variants.
-        max_new_tokens: How many tokens an answer has at most.
+        max_new_tokens: How many tokens an answer has at most; fewer if the model's context ends before.
+
+    Raises:
+        UserError: A prompt leaves no room for an answer.
     """
+    room = llm.context + 1 - max(map(len, prompts))
+    if room < 1:
+        raise UserError(
+            f"the prompt, with what was said before, has {llm.context + 1 - room} tokens, but {llm.name} reads at most "
+            f"{llm.context}."
+        )
     together = len(variants) if variants.most_together is None else 1
     texts = [""] * len(variants)
     for number, group in enumerate(variants.groups(together)):
         first = number * together
         with group.attached(llm.model):
-            for some in _answers(llm, prompts[first : first + together], max_new_tokens):
+            for some in _answers(llm, prompts[first : first + together], min(max_new_tokens, room)):
                 texts[first : first + together] = some
                 yield list(texts)
 

@@ -170,6 +170,11 @@ class LanguageModel:
         return device
 
     @property
+    def context(self) -> int:
+        """How many tokens the model reads at most."""
+        return getattr(self.config, "max_position_embeddings", None) or 10**9
+
+    @property
     def cache_size_per_token(self) -> int:
         """Elements of the KV cache per token, over all layers; an estimate if layers differ."""
         config = self.config

@@ -70,6 +70,41 @@ def test_pipes_get_plain_lines(refusing, monkeypatch, capsys):
     assert any("there is no /nothing" in line for line in lines)
 
 
+def test_what_is_no_text_is_read_all_the_same(refusing, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"A hen \xff\xfe\n/scale\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    chat(refusing[0], max_new_tokens=2)
+    assert "Steering 1 times as strongly as the run." in capsys.readouterr().out
+
+
+def test_an_answer_can_be_stopped_and_the_talk_goes_on(refusing, monkeypatch, capsys):
+    real, asked = Talk.answers, []
+
+    def stopped_once(talk, text, max_new_tokens):
+        asked.append(text)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real(talk, text, max_new_tokens)
+
+    monkeypatch.setattr(Talk, "answers", stopped_once)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n"))
+    chat(refusing[0], max_new_tokens=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["stopped", "unsteered", "steered"]
+
+
+def test_a_prompt_has_to_leave_room_for_an_answer(refusing, monkeypatch):
+    talk = Talk(load_fit(refusing[0]))
+    length = len(talk.fit.prompt_ids([talk.fit.asked("A hen")]))
+    config = talk.fit.method.llm.config
+    monkeypatch.setattr(config, "max_position_embeddings", length)
+    # The last token that is written is not read.
+    assert len(list(talk.answers("A hen", 8))) == 1
+    monkeypatch.setattr(config, "max_position_embeddings", length - 1)
+    with pytest.raises(UserError, match=f"has {length} tokens, but demo reads at most {length - 1}"):
+        list(talk.answers("A hen", 8))
+
+
 def test_a_folder_without_a_fit_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"is no run: it has no last.ckpt. Give the folder of a fit"):
         chat(tmp_path)

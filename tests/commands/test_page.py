@@ -79,6 +79,12 @@ def test_answers_come_in_pieces_and_end_as_in_the_test(client, shown):
         assert after[1].startswith(before[1])
 
 
+def test_what_cannot_be_answered_is_told(client, shown):
+    each = [1] * len(shown[1].selection.features)
+    with pytest.raises(gradio_client.exceptions.AppError, match="tokens, but demo reads at most"):
+        client.predict("hen " * 5000, 1, *each, api_name="/ask")
+
+
 def test_sliders_count(client, shown):
     _, module = shown
     outcome, count = changed(module), len(module.selection.features)

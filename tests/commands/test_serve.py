@@ -74,6 +74,23 @@ def test_other_models_and_chats_without_a_template_are_refused(client):
         client.chat.completions.create(model="village", messages=[{"role": "user", "content": "Hello"}])
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; it is a number of tokens, at least 1"),
+        ({"temperature": -1}, "temperature is -1; it is a number, at least 0"),
+        ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"n": 2}, "n is 2, but a request has one answer"),
+        ({"logprobs": 1}, "logprobs cannot be had here"),
+        ({"prompt": ""}, "there is no prompt"),
+        ({"prompt": "hen " * 5000}, "tokens, but the model reads at most"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_told(client, options, sentence):
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        client.completions.create(**{"model": "village", "prompt": "A hen", **options})
+
+
 def test_with_a_chat_template_conversations_are_answered(fitted):
     fit, module = fitted
     tokenizer = fit.method.llm.tokenizer
