@@ -223,6 +223,15 @@ def test_greedy_is_no_rule_for_a_fit_that_tried_nothing_together():
     assert names(reselect(grown, "foreach", "both", None).features) == "ABC"
 
 
+def test_a_layer_that_was_read_may_have_no_candidate():
+    features = measured((A, B, C), REWARDS)
+    read = {str(layer): "fingerprint" for layer in (*(f.layer for f in features), 8)}
+    selection = Selection("foreach", features[:1], features, (), 1 / 6, 10, 0.4, 0.3, saes={"fingerprints": read})
+    assert reselect(selection, "foreach", "both", [A.layer, 8]).features
+    with pytest.raises(UserError, match="layer 9 was not read by the fit, which has .*, 8"):
+        reselect(selection, "foreach", "both", [9])
+
+
 def test_all_takes_one_of_each_layer_however_many_are_candidates():
     assert chosen("all", [feature(0, 3, None), feature(0, 7, None), feature(1, 2, None)]) == [(0, 3), (1, 2)]
 

@@ -35,6 +35,9 @@ def export(run: Path, to: Literal["gguf", "peft", "merged", "lm_eval", "easystee
     """
     if out is not None and out.exists():
         raise UserError(f"--out is {out}, which exists already. Name a new place, or remove it.")
+    ending = FORMATS[to].ending
+    if out is not None and ending and out.suffix != ending:
+        raise UserError(f"--out is {out}, but what {to} writes is a file that ends with {ending}.")
     fit = load_fit(run)
     place = out or fit.folder / "export" / FORMATS[to].artefact.format(run=fit.name)
     check_writable(place.parent, "--out")
@@ -57,7 +60,7 @@ def _steering(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parit
     found = []
 
     def write(new: Path) -> None:
-        if not new.suffix:
+        if not format.ending:
             new.mkdir()
         format.write(llm, vectors, new, method.schedule)
         with format.opened(llm, new) as model:
@@ -72,10 +75,9 @@ def _weights(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parity
     """Export changed weights."""
     method: Any = fit.method
     if to != "merged":
-        raise UserError(
-            f"{method.name} changes weights, which {to} cannot say. Choose --to merged; an adapter that was trained "
-            f"lies in {fit.folder} in peft's format already."
-        )
+        adapter = fit.folder / "adapter"
+        there = f"; {adapter} is an adapter in peft's format already" if adapter.is_dir() else ""
+        raise UserError(f"{method.name} changes weights, which {to} cannot say. Choose --to merged{there}.")
     unchanged = Answers.of(method.llm.model, prompts, nullcontext())
     ours = Answers.of(method.llm.model, prompts, _changed(fit))
     found = []

@@ -59,7 +59,8 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"port {port} of {host} cannot be listened on ({error.strerror}). Choose another with --port."
+            f"port {port} of {host} cannot be listened on ({error.strerror}). Choose another with --port, or another "
+            "address."
         ) from error
 
 

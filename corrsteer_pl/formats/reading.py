@@ -162,8 +162,11 @@ def _from_safetensors(path: Path) -> VectorFile:
 
 
 def _from_torch(path: Path) -> VectorFile:
-    with torch.serialization.safe_globals([(_Object, OBJECT)]):
-        found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([(_Object, OBJECT)]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch's own words advise to run the code that a file may hold.
+        raise ValueError("torch.save did not write it, or it holds more than tensors, which is not read") from error
     if isinstance(found, _Object):
         found = found.layer_activations
     if isinstance(found, Tensor):
@@ -171,7 +174,7 @@ def _from_torch(path: Path) -> VectorFile:
     if not isinstance(found, Mapping):
         raise ValueError(f"it holds a {type(found).__name__}, and no tensors")
     if any(isinstance(value, Mapping) for value in found.values()):
-        return VectorFile({site_of(str(name)): _of_hook(name, told) for name, told in found.items()})
+        return VectorFile(_by_site({name: _of_hook(name, told) for name, told in found.items()}))
     return _of_mapping(found, None)
 
 
@@ -181,7 +184,17 @@ def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> Vector
         name = str(next(iter(tensors)))
         if only.ndim == 2 or not BLOCK.fullmatch(name):
             return VectorFile({}, only.detach())
-    return VectorFile({site_of(str(name)): _tensor(name, value) for name, value in tensors.items()}, None, schedule)
+    return VectorFile(_by_site({name: _tensor(name, value) for name, value in tensors.items()}), None, schedule)
+
+
+def _by_site(tensors: Mapping[Any, Tensor]) -> dict[Site, Tensor]:
+    names: dict[Site, Any] = {}
+    for name in tensors:
+        site = site_of(str(name))
+        if site in names:
+            raise ValueError(f"{names[site]} and {name} are both for {site}")
+        names[site] = name
+    return {site: tensors[name] for site, name in names.items()}
 
 
 def _tensor(name: Any, value: Any) -> Tensor:

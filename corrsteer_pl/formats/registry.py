@@ -35,6 +35,11 @@ class Format:
     read_by: str
     remark: str = ""
 
+    @property
+    def ending(self) -> str:
+        """That of the file that is written; empty if it is a folder."""
+        return Path(self.artefact).suffix
+
 
 def _everywhere(
     write: Callable[[LanguageModel, Mapping[Site, Tensor], Path], None],

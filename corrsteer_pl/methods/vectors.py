@@ -82,8 +82,11 @@ class Vectors(Steering):
         self.save_hyperparameters()
         # The command line's own values are stored otherwise; a checkpoint is to find the file from anywhere.
         self.hparams["vectors"] = absolute(vectors)
-        if vector_layers == []:
-            raise UserError("model.vector_layers is empty. Name blocks, or leave it out for all that the file has.")
+        if vector_layers is not None and (not vector_layers or min(vector_layers) < 0):
+            raise UserError(
+                f"model.vector_layers is {vector_layers}. Name blocks, counted from 0, or leave it out for all that "
+                "the file has."
+            )
         check_steering({**self.hparams, "site": "resid_post", "layers": None})
         self.ready()
 

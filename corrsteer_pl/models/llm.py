@@ -100,6 +100,8 @@ class LanguageModel:
         if dtype not in DTYPES:
             raise UserError(f"model.dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
         path = str(demo.MODEL) if name == "demo" else name
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise UserError(f"the model {name!r} does not exist. Set model.llm to a folder or GGUF file that does.")
         shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         options = {
             "attn_implementation": attn_implementation,

@@ -17,9 +17,14 @@ def reselect(
     Raises:
         UserError: The fit has no such candidates, or has not tested them as the rule needs.
     """
-    known = sorted({f.layer for f in fitted.candidates})
+    # A layer that was read may have no candidate.
+    read = {int(layer) for layer in (fitted.saes or {}).get("fingerprints", {})}
+    known = sorted({f.layer for f in fitted.candidates} | read)
     if missing := sorted(set(layers or ()) - set(known)) if known else []:
-        raise UserError(f"layer {missing[0]} has no candidate in the checkpoint (layers {choices(known)}).")
+        raise UserError(
+            f"layer {missing[0]} was not read by the fit, which has {choices(known)}. Set model.layers to some of "
+            "these, or fit again."
+        )
     candidates = [
         f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)
     ]  # fmt: skip

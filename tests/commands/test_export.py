@@ -58,6 +58,17 @@ def test_a_place_that_is_taken_is_left_alone(run, tmp_path):
     assert (tmp_path / "taken.gguf").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("to", ["gguf", "easysteer", "lm_eval"])
+def test_a_place_may_be_called_anything_that_says_what_it_is(to, run, tmp_path):
+    ending = FORMATS[to].ending
+    if ending:
+        with pytest.raises(UserError, match=f"what {to} writes is a file that ends with {ending}"):
+            export(run, to, tmp_path / "other.v2")
+        assert list(tmp_path.iterdir()) == []
+    export(run, to, tmp_path / f"my.v2{ending}")
+    assert (tmp_path / f"my.v2{ending}").exists()
+
+
 def test_what_differs_is_refused_and_removed(run, tmp_path, monkeypatch):
     def other(llm, vectors, path, schedule):
         torch.save({}, path)
@@ -92,7 +103,7 @@ def test_a_model_that_is_gone_or_another_is_named(tmp_path):
     with pytest.raises(UserError, match="which has other weights"):
         export(tmp_path / "run", "gguf")
     shutil.rmtree(model)
-    with pytest.raises(UserError, match=f"{model}' could not be loaded as a causal language model"):
+    with pytest.raises(UserError, match=f"the model '{model}' does not exist"):
         export(tmp_path / "run", "gguf")
 
 

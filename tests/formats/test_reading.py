@@ -106,8 +106,9 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     torch.save({1: Evil()}, tmp_path / "evil.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({1: Evil()}))
     for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(UserError, match=f"{name} cannot be read as a .pt file of steering vectors"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a .pt file of steering vectors") as told:
             read_vectors(tmp_path / name)
+        assert "weights_only" not in str(told.value)
     assert not (tmp_path / "evil").exists()
 
 
@@ -122,7 +123,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         ("b.pt", lambda path: torch.save({1: ONE * torch.nan}, path), "a vector at blocks.1.* that is not finite"),
         ("c.pt", lambda path: torch.save({1: ONE, 2: torch.ones(5)}, path), "vectors of different widths"),
         ("d.pt", lambda path: torch.save({1: ONE.long()}, path), r"int64 of shape \(4,\)"),
-        ("e.pt", lambda path: torch.save({1: ONE, "name": "x"}, path), "'name' names no block"),
+        ("e.pt", lambda path: torch.save({1: ONE, "name": "x"}, path), "name is a str, and no tensor"),
         ("l.pt", lambda path: torch.save({1: ONE, 2: "x"}, path), "2 is a str, and no tensor"),
         ("f.pt", lambda path: torch.save({"happy": ONE, "sad": TWO}, path), "'happy' names no block of a model"),
         ("g.pt", lambda path: torch.save([1, 2], path), "holds a list, and no tensors"),
@@ -130,6 +131,9 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
          "the action 'clamp'"),
         ("i.pt", lambda path: torch.save({"layers.1": {**HOOK, "steering_vector": ONE, "head_index": 2}}, path),
          "a bias or a head_index"),
+        ("j.pt", lambda path: torch.save({"layers.1": ONE, "model.layers.1": TWO}, path),
+         "layers.1 and model.layers.1 are both for blocks.1.hook_resid_post"),
+        ("k.pt", lambda path: path.write_bytes(b""), "torch.save did not write it"),
     ],
 )  # fmt: skip
 def test_what_is_no_steering_vector_is_one_sentence(name, write, sentence, tmp_path):

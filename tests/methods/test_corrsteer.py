@@ -262,7 +262,7 @@ def test_rule_and_sign_may_change_when_testing(tmp_path, fitted):
     assert feature.validation_reward == max(f.validation_reward for f in module.selection.candidates)
     positive = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", rule="all", layers=[1]).selection
     assert [(f.layer, f.sign) for f in positive.features] == [(1, "positive")]
-    with pytest.raises(UserError, match=r"layer 9 has no candidate in the checkpoint \(layers 0, 1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"layer 9 was not read by the fit, which has 0, 1, 2, 3"):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", layers=[9])
     with pytest.raises(UserError, match="model.pool is mean, but the checkpoint was fitted with max"):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", pool="mean")

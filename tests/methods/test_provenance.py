@@ -148,7 +148,7 @@ def test_rules_and_signs_without_candidates_are_refused(whole):
         CorrSteer.load_from_checkpoint(path, rule="all")
     with pytest.raises(UserError, match="model.rule is all, which takes positive candidates, but model.sign is negat"):
         CorrSteer("demo", "demo", rule="all", sign="negative")
-    with pytest.raises(UserError, match="layer 9 has no candidate in the checkpoint"):
+    with pytest.raises(UserError, match="layer 9 was not read by the fit"):
         CorrSteer.load_from_checkpoint(path, layers=[9])
 
 

@@ -92,6 +92,11 @@ def test_validation_chooses_among_vectors_and_strengths(run, tmp_path):
     assert "mean projection" not in told
 
 
+def test_blocks_are_numbers_from_0():
+    with pytest.raises(UserError, match=r"model.vector_layers is \[-1\]. Name blocks, counted from 0"):
+        Vectors("demo", "any.pt", vector_layers=[-1])
+
+
 def test_batches_and_order_change_nothing(run):
     folder, _ = run
     file = str(folder / "export/demo.gguf")
