@@ -14,8 +14,11 @@ class OneSentence:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong."""
         if missing := re.fullmatch(r"the following arguments are required: (.+)", message):
-            names = [name.split(".", 1)[1] if "." in name else name for name in missing[1].split(", ")]
-            raise NotAnOption(f"{choices(names)} has to be given. See --help for what that is.") from ex
+            # Those of a stage are named after it.
+            names = [name.partition(".")[2] or name for name in missing[1].split(", ")]
+            raise NotAnOption(
+                f"{choices(f'--{name}' for name in names)} is missing. See --help for what it is."
+            ) from ex
         raise NotAnOption(f"{one_line(message)} See --help for what is allowed.") from ex
 
 
