@@ -1,9 +1,12 @@
 """The commands: which there are, and what runs each. Nothing large is imported before a command is known to be run."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from corrsteer_pl.cli.arguments import with_found_configs
 from corrsteer_pl.cli.foreign import without_foreign_options
@@ -58,6 +61,20 @@ EXAMPLES = f"""examples:
   {PROGRAM} test --ckpt_path checkpoints/demo/last.ckpt
   {PROGRAM} fit --help
 """
+
+
+def process() -> int:
+    """Run the command of a process of its own: warnings are one line each, and whoever reads the output may leave."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left of the output goes nowhere.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -132,3 +132,13 @@ def test_each_run_tells_its_own_mistake_though_the_port_is_the_same(environment,
         )
         assert done.returncode == 2
         assert done.stderr.startswith("error: the command 'fitt' is not known")
+
+
+def test_who_reads_the_output_may_leave():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "corrsteer_pl", "--help"], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from corrsteer_pl.commands.serve import application, listening, serve
+from corrsteer_pl.commands.serve import listening, serve
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.loading import load_fit
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+from corrsteer_pl.commands.endpoint import application
 
 
 @contextmanager

@@ -1,0 +1,179 @@
+"""The server of transformers with one language model under two names: unchanged, and changed by a run.
+
+Needs the extra ``serving``.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from math import inf
+from threading import Lock
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.systemone import SystemOneHandler
+from transformers.cli.serving.transcription import TranscriptionHandler
+from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
+
+from corrsteer_pl.methods.loading import Fit
+from corrsteer_pl.models.decoding.decode import Intervention
+from corrsteer_pl.models.llm import LanguageModel
+
+
+def names(name: str) -> tuple[str, str]:
+    """The names of the unchanged model and of the changed one."""
+    return name, f"{name}-steered"
+
+
+def application(fit: Fit, name: str, api_key: str | None = None) -> FastAPI:
+    """The server's application.
+
+    Args:
+        fit: The run.
+        name: What its unchanged model is called.
+        api_key: What requests have to bring as their key; none if left out.
+    """
+    models, state = Models(fit, name), GenerationState()
+    app = build_server(
+        models,
+        Chats(models, state),
+        Completions(models, state),
+        Responses(models, state),
+        TranscriptionHandler(models, state),
+        SystemOneHandler(models, state),
+        state,
+    )
+
+    @app.exception_handler(HTTPException)
+    async def tell(_request: Request, error: HTTPException) -> Response:
+        """An error as the OpenAI interface has it."""
+        return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
+
+    @app.middleware("http")
+    async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if api_key and not secrets.compare_digest(sent.encode(), api_key.encode()):
+            return JSONResponse({"error": {"message": "the key is wrong or missing"}}, status_code=401)
+        return await call_next(request)
+
+    return app
+
+
+class Variant:
+    """A language model under one of two variants, which generates while the other does not.
+
+    Both share weights, so hooks of one must not be there while the other runs.
+
+    Args:
+        llm: The language model.
+        variant: The variant.
+        lock: One lock for both.
+    """
+
+    def __init__(self, llm: LanguageModel, variant: Intervention, lock: Lock) -> None:
+        self._llm, self._variant, self._lock = llm, variant, lock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm.model, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate under the variant."""
+        length, most = kwargs["input_ids"].shape[1], self._llm.context
+        if length > most:
+            raise HTTPException(400, f"the prompt has {length} tokens, but the model reads at most {most}")
+        with self._lock, self._variant.attached(self._llm.model):
+            return self._llm.model.generate(*args, **kwargs)
+
+
+class Models(ModelManager):
+    """The two models of a run; others are not loaded."""
+
+    def __init__(self, fit: Fit, name: str) -> None:
+        super().__init__()
+        lock, self.llm = Lock(), fit.method.llm
+        variants = [Variant(self.llm, variant, lock) for variant in fit.compared().groups(1)]
+        self.variants = dict(zip(names(name), variants, strict=True))
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """The name as it is."""
+        return model_id
+
+    def load_model_and_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """The model of a name, and the tokenizer."""
+        refuse({"model": model_id_and_revision}, self.variants)
+        return self.variants[model_id_and_revision], self.llm.tokenizer
+
+    def get_model_modality(self, model: Any, processor: Any = None) -> Any:  # type: ignore[override]
+        """Text."""
+        return Modality.LLM
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
+        """What can be asked for."""
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "corrsteer_pl"} for name in self.variants]
+
+    def shutdown(self) -> None:
+        """Keep what is loaded."""
+
+
+class Checked(BaseHandler):
+    """Answers requests that can be answered."""
+
+    model_manager: Models
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        """Refuse a request, or answer it."""
+        refuse(body, self.model_manager.variants)
+        self.check(body)
+        return await super().handle_request(body, request_id)  # type: ignore[misc]
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Refuse what this kind of request must not lack."""
+        if not self.model_manager.llm.has_chat_template:
+            raise HTTPException(
+                400, f"{body['model']} has no chat template. Ask for completions of a plain prompt instead."
+            )
+
+
+class Chats(Checked, ChatCompletionHandler):
+    """Answers conversations."""
+
+
+class Responses(Checked, ResponseHandler):
+    """Answers conversations, by the newer interface."""
+
+
+class Completions(Checked, CompletionHandler):
+    """Continues prompts."""
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Refuse a request without a prompt."""
+        if not body.get("prompt"):
+            raise HTTPException(400, "there is no prompt")
+
+
+def refuse(request: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+    """Refuse a request that cannot be answered.
+
+    Raises:
+        HTTPException: With the reason.
+    """
+    model = request.get("model")
+    if model not in models:
+        raise HTTPException(404, f"there is no model {model!r}; there are {' and '.join(models)}")
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        wanted = request.get(field)
+        if wanted is not None and (type(wanted) is not int or wanted < 1):
+            raise HTTPException(400, f"{field} is {wanted!r}; it is a number of tokens, at least 1")
+    heat = request.get("temperature")
+    if heat is not None and not (type(heat) in (int, float) and 0 <= heat < inf):
+        raise HTTPException(400, f"temperature is {heat!r}; it is a number, at least 0")
+    if request.get("n") not in (None, 1):
+        raise HTTPException(400, f"n is {request['n']!r}, but a request has one answer")
+    if request.get("logprobs"):
+        raise HTTPException(400, "logprobs cannot be had here; leave them out")
