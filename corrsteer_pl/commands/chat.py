@@ -44,6 +44,8 @@ def chat(run: Path, max_new_tokens: int = 128) -> None:
         with suppress(ImportError):
             import readline  # noqa: F401  Arrow keys, and the lines before.
         console.print(f"{talk.fit.name} on {talk.fit.method.llm.name}; /help tells what else there is.", style="dim")
+    if isinstance(talk.fit.method, Steering) and not talk.fit.features:
+        console.print("Nothing was selected, so both answers are the same.", style="dim")
     for line in _lines(sys.stdin.isatty()):
         try:
             if line.startswith("/"):
