@@ -90,7 +90,7 @@ def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -
             )
         kept = {site: vector for site, vector in found.vectors.items() if not layers or site.layer in layers}
         return VectorFile(kept, None, found.schedule)
-    matrix = found.matrix
+    matrix = found.matrix if row is not None else _vector(found.matrix)
     shape = " x ".join(map(str, matrix.shape))
     if matrix.ndim == 2 and (row is None or not 0 <= row < len(matrix)):
         given = "no model.row says" if row is None else f"model.row is {row}, which does not say"
@@ -105,14 +105,20 @@ def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -
     return VectorFile({Site(layers[0], "resid_post"): matrix if row is None else matrix[row]})
 
 
+def _vector(tensor: Tensor) -> Tensor:
+    """A vector that may have been stored as the only row of a matrix."""
+    return tensor[0] if tensor.ndim == 2 and len(tensor) == 1 else tensor
+
+
 def _checked(path: Path, found: VectorFile) -> VectorFile:
-    for site, vector in found.vectors.items():
+    vectors = {site: _vector(vector) for site, vector in found.vectors.items()}
+    for site, vector in vectors.items():
         if vector.ndim != 1 or not vector.is_floating_point():
             kind = str(vector.dtype).removeprefix("torch.")
             raise UserError(f"{path} has {kind} of shape {tuple(vector.shape)} at {site}, which is no vector.")
         if not vector.isfinite().all():
             raise UserError(f"{path} has a vector at {site} that is not finite.")
-    kept = {site: vector.float().clone() for site, vector in sorted(found.vectors.items()) if vector.any()}
+    kept = {site: vector.float().clone() for site, vector in sorted(vectors.items()) if vector.any()}
     if not kept:
         raise UserError(f"{path} has no vector that is not zero, so it steers nothing.")
     if len({len(vector) for vector in kept.values()}) > 1:

@@ -51,6 +51,7 @@ WRITERS = {
         path,
     ),
     "blocks.pt": lambda path: torch.save({1: ONE, 3: TWO}, path),
+    "rows.pt": lambda path: torch.save({1: ONE[None], 3: TWO[None]}, path),
     "names.pth": lambda path: torch.save({"transformer.h.1": ONE, "transformer.h.3": TWO.half()}, path),
     "object.pt": saved_object,
 }
@@ -74,7 +75,8 @@ def test_one_tensor_needs_a_block_and_a_matrix_a_row(tmp_path):
     torch.save(ONE, tmp_path / "one.pt")
     torch.save({"weight": torch.stack([ONE, TWO])}, tmp_path / "axbench_weight.pt")
     save_file({"vector": ONE}, tmp_path / "one.safetensors")
-    for name in ("one.pt", "one.safetensors"):
+    torch.save(ONE[None], tmp_path / "row.pt")
+    for name in ("one.pt", "one.safetensors", "row.pt"):
         assert torch.equal(read_vectors(tmp_path / name, [2]).vectors[Site(2, "resid_post")], ONE)
         for layers in (None, [1, 2]):
             with pytest.raises(UserError, match=r"does not say for which block. Name the block .* model.vector_layers"):
