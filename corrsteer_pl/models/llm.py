@@ -100,7 +100,7 @@ class LanguageModel:
         if dtype not in DTYPES:
             raise UserError(f"model.dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
         path = str(demo.MODEL) if name == "demo" else name
-        if Path(path).is_absolute() and not Path(path).exists():
+        if Path(path).is_absolute() and not Path(path).exists() and not is_gguf(path):
             raise UserError(f"the model {name!r} does not exist. Set model.llm to a folder or GGUF file that does.")
         shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         options = {

@@ -18,12 +18,13 @@ def reselect(
         UserError: The fit has no such candidates, or has not tested them as the rule needs.
     """
     # A layer that was read may have no candidate.
-    read = {int(layer) for layer in (fitted.saes or {}).get("fingerprints", {})}
-    known = sorted({f.layer for f in fitted.candidates} | read)
-    if missing := sorted(set(layers or ()) - set(known)) if known else []:
+    read = (fitted.saes or {}).get("fingerprints")
+    known = {f.layer for f in fitted.candidates}
+    known |= {int(layer) for layer in read if str(layer).isdecimal()} if isinstance(read, dict) else set()
+    if missing := sorted(set(layers or ()) - known) if fitted.candidates else []:
         raise UserError(
-            f"layer {missing[0]} was not read by the fit, which has {choices(known)}. Set model.layers to some of "
-            "these, or fit again."
+            f"layer {missing[0]} was not read by the fit, which has {choices(sorted(known))}. Set model.layers to some "
+            "of these, or fit again."
         )
     candidates = [
         f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)

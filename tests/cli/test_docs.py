@@ -35,7 +35,7 @@ def test_every_option_named_in_the_documentation_exists():
     with contextlib.redirect_stdout(shown):
         for method in METHODS:
             assert main(["fit", "--method", method, "--help"]) == 0
-    texts = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    texts = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
     named = set(re.findall(r"--((?:model|data|trainer|results)\.\w+)", texts))
     assert len(named) > 8
     assert {option for option in named if f"--{option}" not in shown.getvalue()} == set()
@@ -47,14 +47,14 @@ def test_the_drawing_is_what_its_command_writes():
 
 
 def test_links_in_the_documentation_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_configurations_named_in_the_documentation_exist():
     known = {path.name for path in ROOT.glob("configs/*.yaml")}
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
         named = set(re.findall(r"--config (\w+\.yaml)|`(\w+\.yaml)`", page.read_text()))
         named = {one or other for one, other in named} - {"trivia.yaml", "config.yaml"}
         assert named <= known, page.name
