@@ -180,7 +180,7 @@ def _from_torch(path: Path) -> VectorFile:
     if not isinstance(found, Mapping):
         raise ValueError(f"it holds a {type(found).__name__}, and no tensors")
     if any(isinstance(value, Mapping) for value in found.values()):
-        return VectorFile(_by_site({name: _of_hook(name, told) for name, told in found.items()}))
+        return VectorFile(_by_site(found, _of_hook))
     return _of_mapping(found, None)
 
 
@@ -190,17 +190,19 @@ def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> Vector
         name = str(next(iter(tensors)))
         if only.ndim == 2 or not BLOCK.fullmatch(name):
             return VectorFile({}, only.detach())
-    return VectorFile(_by_site({name: _tensor(name, value) for name, value in tensors.items()}), None, schedule)
+    return VectorFile(_by_site(tensors, _tensor), None, schedule)
 
 
-def _by_site(tensors: Mapping[Any, Tensor]) -> dict[Site, Tensor]:
+def _by_site(told: Mapping[Any, Any], read: Callable[[Any, Any], Tensor]) -> dict[Site, Tensor]:
+    """What is told of each site, once, by a reader of names and what stands there."""
+    found: dict[Site, Tensor] = {}
     names: dict[Site, Any] = {}
-    for name in tensors:
+    for name, value in told.items():
         site = site_of(str(name))
-        if site in names:
+        if site in found:
             raise ValueError(f"{names[site]} and {name} are both for {site}")
-        names[site] = name
-    return {site: tensors[name] for site, name in names.items()}
+        found[site], names[site] = read(name, value), name
+    return found
 
 
 def _tensor(name: Any, value: Any) -> Tensor:

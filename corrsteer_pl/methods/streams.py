@@ -26,11 +26,11 @@ def stream(
     Raises:
         UserError: A prompt leaves no room for an answer.
     """
-    room = llm.context + 1 - max(map(len, prompts))
+    longest = max(map(len, prompts))
+    room = llm.context + 1 - longest
     if room < 1:
         raise UserError(
-            f"the prompt, with what was said before, has {llm.context + 1 - room} tokens, but {llm.name} reads at most "
-            f"{llm.context}."
+            f"the prompt, with what was said before, has {longest} tokens, but {llm.name} reads at most {llm.context}."
         )
     together = len(variants) if variants.most_together is None else 1
     texts = [""] * len(variants)

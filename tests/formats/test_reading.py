@@ -125,7 +125,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         ("b.pt", lambda path: torch.save({1: ONE * torch.nan}, path), "a vector at blocks.1.* that is not finite"),
         ("c.pt", lambda path: torch.save({1: ONE, 2: torch.ones(5)}, path), "vectors of different widths"),
         ("d.pt", lambda path: torch.save({1: ONE.long()}, path), r"int64 of shape \(4,\)"),
-        ("e.pt", lambda path: torch.save({1: ONE, "name": "x"}, path), "name is a str, and no tensor"),
+        ("e.pt", lambda path: torch.save({1: ONE, "name": "x"}, path), "'name' names no block"),
         ("l.pt", lambda path: torch.save({1: ONE, 2: "x"}, path), "2 is a str, and no tensor"),
         ("f.pt", lambda path: torch.save({"happy": ONE, "sad": TWO}, path), "'happy' names no block of a model"),
         ("g.pt", lambda path: torch.save([1, 2], path), "holds a list, and no tensors"),
