@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from corrsteer_pl import CorrSteer, TaskDataModule
-from corrsteer_pl.commands import lm_eval as command
+from corrsteer_pl.commands.steered_run import SteeredRun
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.run_files import RunFiles
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
 
 
 def model_of(folder, **options):
-    return command.SteeredRun(run=str(folder), **options)
+    return SteeredRun(run=str(folder), **options)
 
 
 def requests(pairs):
@@ -90,7 +90,7 @@ def test_what_a_run_does_not_take_is_told(runs):
     with pytest.raises(UserError, match="steered=maybe; it is True or False"):
         model_of(folder, steered="maybe")
     with pytest.raises(UserError, match="the model corrsteer needs a run"):
-        command.SteeredRun()
+        SteeredRun()
 
 
 def test_equal_texts_that_are_parted_elsewhere_are_steered_elsewhere(runs):
