@@ -14,6 +14,7 @@ os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}", "HF_HOME": CACHE.n
 import subprocess
 import sys
 from contextlib import chdir
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def random_saes(folder, layers, d_in=128, d_sae=24, seed=0):
         W_enc = torch.randn(d_in, d_sae, generator=generator) / d_in**0.5
         make_sae(folder, layer, W_enc, W_enc.T.clone())
     return folder
+
+
+def assert_same_selection(one, other):
+    """Equal but for the order of additions, which the mark tells, too."""
+    assert_nearly_equal(*(asdict(replace(selection, mark="")) for selection in (one, other)))
+
+
+def assert_nearly_equal(one, other, rtol=1e-12):
+    """Nested dicts and sequences with equal contents; floats within ``rtol``."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list | tuple):
+        for some, others in zip(one, other, strict=True):
+            assert_nearly_equal(some, others, rtol)
+    else:
+        assert one == (pytest.approx(other, rel=rtol) if isinstance(other, float) else other)
 
 
 def run_here(*args, cwd):
