@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.hub import HUB_ERRORS, reason
-from corrsteer_pl.models.llm import DTYPES, LanguageModel
+from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.llm_loading import DTYPES
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, place
 from corrsteer_pl.models.sites import Site, decoder_blocks
 

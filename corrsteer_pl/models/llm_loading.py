@@ -1,0 +1,128 @@
+"""A causal language model and its tokenizer from a folder, a GGUF file or the Hugging Face Hub, checked."""
+
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from json import JSONDecodeError
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from corrsteer_pl import demo
+from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.hub import HUB_ERRORS, reason
+from corrsteer_pl.models.gguf import dequantisation, is_gguf, source
+
+# Options of a generation configuration that change greedy choices, each with its value that changes nothing.
+NEUTRAL = {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_eos_token_id": None,
+}  # fmt: skip
+# Raised by transformers if a folder or repository has no model, or a broken one.
+LOADING_ERRORS: Any = (*HUB_ERRORS, ImportError, TypeError, SafetensorError, StrictDataclassError)
+# Raised on broken files with a message that does not explain itself.
+UNREADABLE = (UnpicklingError, EOFError, LookupError, JSONDecodeError)
+# Number of weights that an error message names.
+NAMED = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pretrained(
+    name: str,
+    dtype: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantize: int | None = None,
+    **placement: Any,
+) -> tuple[Any, Any]:
+    """A frozen model with all its weights and no others, and its tokenizer.
+
+    Options are those of :meth:`corrsteer_pl.models.llm.LanguageModel.load`; of ``placement``, None leaves the default.
+
+    Raises:
+        UserError: It cannot be loaded, its weights are not those that its configuration asks for, or an option is
+            unknown.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype is {dtype!r}; choose one of {choices(DTYPES)}.")
+    path = str(demo.MODEL) if name == "demo" else name
+    if Path(path).is_absolute() and not Path(path).exists() and not is_gguf(path):
+        raise UserError(f"the model {name!r} does not exist. Set model.llm to a folder or GGUF file that does.")
+    options = {option: value for option, value in placement.items() if value is not None}
+    if quantize is not None:
+        options["quantization_config"] = _quantization(quantize, path)
+    elif is_gguf(path):
+        options |= dequantisation()
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model, tokenizer, info = _read(name, path, shared, {"dtype": DTYPES[dtype], **options})
+    _check_weights(name, info)
+    _warn_of_penalties(name, model.generation_config)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _read(name: str, path: str, shared: dict[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Model, tokenizer, and what transformers says of the weights; ``shared`` is for both of them."""
+    part = "weights"
+    try:
+        with source(path, shared["revision"]) as (place, file):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, output_loading_info=True, ignore_mismatched_sizes=True, **shared, **options, **file
+            )
+            model, info = loaded
+            part = "tokenizer"
+            tokenizer = AutoTokenizer.from_pretrained(place, **shared, **file)
+    except (*LOADING_ERRORS, *UNREADABLE) as error:
+        kind = "folder" if Path(path).is_dir() else "file" if Path(path).exists() else "model"
+        unreadable = isinstance(error, UNREADABLE) and error.__cause__ is None
+        why = f"its {part} cannot be read: {type(error).__name__}" if unreadable else reason(error)
+        raise UserError(
+            f"the {kind} {name!r} could not be loaded as a causal language model ({why}). Set model.llm "
+            "to a local folder or GGUF file, to the id of a model on the Hugging Face Hub, or to 'demo'."
+        ) from error
+    if place != path:
+        model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = path
+    return model, tokenizer, info
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Check that the weights on disk fit the configuration; transformers initialises missing ones at random."""
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    for keys, what in (
+        (info["missing_keys"], "lacks {} of its weights"),
+        (info["unexpected_keys"], "has weights that its configuration does not ask for, {} in all"),
+        (mismatched, "has {} of its weights in other shapes than its configuration asks for"),
+    ):
+        if keys:
+            named = choices([*sorted(keys)[:NAMED], *(["..."] if len(keys) > NAMED else [])])
+            raise UserError(
+                f"the model {name!r} {what.format(len(keys))} ({named}). Its configuration and its weights do not "
+                "belong together; set model.llm to a complete model."
+            )
+
+
+def _warn_of_penalties(name: str, config: Any) -> None:
+    asked = [option for option, off in NEUTRAL.items() if getattr(config, option, None) not in (None, off)]
+    if asked:
+        warnings.warn(
+            f"the generation configuration of {name} sets {', '.join(asked)}, which is left out: every token is the "
+            "likeliest one, so answers can differ from those of transformers' generate.",
+            stacklevel=3,
+        )
+
+
+def _quantization(bits: int, path: str) -> Any:
+    if bits not in (4, 8):
+        raise UserError(f"model.llm_args.quantize is {bits!r}; choose 4 or 8 bits, or leave it out.")
+    if is_gguf(path):
+        raise UserError(
+            f"model.llm_args.quantize is {bits}, but {path} is a GGUF file. Leave it out, or give a folder."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError("quantised models need the 'quant' extra: pip install 'corrsteer_pl[quant]'.")
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
