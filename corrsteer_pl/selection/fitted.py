@@ -17,18 +17,34 @@ def reselect(
     Raises:
         UserError: The fit has no such candidates, or has not tested them as the rule needs.
     """
+    _require_read(fitted, layers or ())
+    candidates = [
+        f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)
+    ]  # fmt: skip
+    bar = bar or Bar()
+    _require_usable(fitted, candidates, rule, sign, bar)
+    if rule == "greedy":
+        return _grown_in_fit(fitted, candidates)
+    features = select(rule, candidates, fitted.baseline_reward, bar)
+    if set(features) == set(fitted.features):
+        return replace(fitted, rule=rule, features=features)
+    return replace(fitted, rule=rule, features=features, joint_reward=None, steps=(), strengths=())
+
+
+def _require_read(fitted: Selection, layers: Sequence[int]) -> None:
     # A layer that was read may have no candidate.
     read = (fitted.saes or {}).get("fingerprints")
     known = {f.layer for f in fitted.candidates}
     known |= {int(layer) for layer in read if str(layer).isdecimal()} if isinstance(read, dict) else set()
-    if missing := sorted(set(layers or ()) - known) if fitted.candidates else []:
+    if missing := sorted(set(layers) - known) if fitted.candidates else []:
         raise UserError(
             f"layer {missing[0]} was not read by the fit, which has {choices(sorted(known))}. Set model.layers to some "
             "of these, or fit again."
         )
-    candidates = [
-        f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)
-    ]  # fmt: skip
+
+
+def _require_usable(fitted: Selection, candidates: Sequence[Feature], rule: str, sign: str, bar: Bar) -> None:
+    """Refuse a rule that the fit's candidates, or those that are left of them, do not allow."""
     if fitted.candidates and not candidates:
         signs = choices(sorted({f.sign for f in fitted.candidates}))
         raise UserError(
@@ -42,18 +58,11 @@ def reselect(
             f"model.rule is {rule}, which needs tested candidates, but the checkpoint was fitted with rule all, which "
             "tests none. Fit again with that rule."
         )
-    bar = bar or Bar()
     if bar.significance_level is not None and any(f.validation_better is None for f in candidates):
         raise UserError(
             "model.significance_level is set, but the checkpoint does not say how many answers each candidate changed. "
             "Leave it out, or fit again."
         )
-    if rule == "greedy":
-        return _grown_in_fit(fitted, candidates)
-    features = select(rule, candidates, fitted.baseline_reward, bar)
-    if set(features) == set(fitted.features):
-        return replace(fitted, rule=rule, features=features)
-    return replace(fitted, rule=rule, features=features, joint_reward=None, steps=(), strengths=())
 
 
 def _grown_in_fit(fitted: Selection, candidates: Sequence[Feature]) -> Selection:
