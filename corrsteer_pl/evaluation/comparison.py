@@ -88,20 +88,20 @@ class Line:
 
     task: str
     system: str
-    seeds: int
-    n: int
-    reward_baseline: float
-    reward: float
-    difference: float
-    ci_low: float
-    ci_high: float
-    deviation: float | None
-    side_effect_ratio: float | None
-    elsewhere: float | None
-    size: float
-    examples: float
-    seconds: float
-    cost: float
+    seeds: int = 0
+    n: int = 0
+    reward_baseline: float = 0.0
+    reward: float = 0.0
+    difference: float = 0.0
+    ci_low: float = 0.0
+    ci_high: float = 0.0
+    deviation: float | None = None
+    side_effect_ratio: float | None = None
+    elsewhere: float | None = None
+    size: float = 0.0
+    examples: float = 0.0
+    seconds: float = 0.0
+    cost: float = 0.0
     refused: str | None = None
     measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     elsewhere_by_task: Mapping[str, float] = field(default_factory=dict)
@@ -119,34 +119,27 @@ def lines(cells: Sequence[tuple[Path, Cell]]) -> list[Line]:
     return found
 
 
-def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
-    refused = [cell for _, cell in cells if cell.refused is not None]
-    if len(refused) == len(cells):
-        nothing = (0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, None, None, None, 0.0, 0.0, 0.0, 0.0)
-        return Line(refused[0].task, refused[0].system, *nothing, refused=refused[0].refused)
-    cells = [(folder, cell) for folder, cell in cells if cell.refused is None]
-    first = cells[0][1]
-    differences: dict[str, list[float]] = {}
-    for folder, _ in cells:
-        for row in read_rows(folder / "test" / OWN / "outcomes.jsonl"):
-            differences.setdefault(row["id"], []).append(row["reward_steered"] - row["reward_baseline"])
-    each = [statistics.fmean(some) for some in differences.values()]
+def _line(all_cells: Sequence[tuple[Path, Cell]]) -> Line:
+    refused = [cell for _, cell in all_cells if cell.refused is not None]
+    cells = [cell for _, cell in all_cells if cell.refused is None]
+    if not cells:
+        return Line(refused[0].task, refused[0].system, refused=refused[0].refused)
+    each = _differences([folder for folder, cell in all_cells if cell.refused is None])
     mean = statistics.fmean(each)
     half = Z_95 * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
-    metrics = [cell.metrics or {} for _, cell in cells]
+    metrics = [cell.metrics or {} for cell in cells]
     by_seed = [m["difference"] for m in metrics]
-    everywhere = [cell.elsewhere or {} for _, cell in cells]
-    others = {name: [e[name] for e in everywhere] for name in everywhere[0] if all(name in e for e in everywhere)}
+    others = _elsewhere(cells)
     elsewhere = {name: statistics.fmean(m["difference"] for m in some) for name, some in others.items()}
     measures = _measures(metrics)
     for name, some in others.items():
         measures |= {f"{name} {measure}": pair for measure, pair in _measures(some).items()}
 
     def over(name: str) -> float:
-        return statistics.fmean(getattr(cell, name) for _, cell in cells)
+        return statistics.fmean(getattr(cell, name) for cell in cells)
 
     return Line(
-        task=first.task, system=first.system, seeds=len(cells), n=len(each),
+        task=cells[0].task, system=cells[0].system, seeds=len(cells), n=len(each),
         reward_baseline=statistics.fmean(m["reward_baseline"] for m in metrics),
         reward=statistics.fmean(m["reward_steered"] for m in metrics),
         difference=mean, ci_low=mean - half, ci_high=mean + half,
@@ -157,6 +150,21 @@ def _line(cells: Sequence[tuple[Path, Cell]]) -> Line:
         refusals=[f"seed {cell.seed}: {cell.refused}" for cell in refused],
         size=over("size"), examples=over("examples"), seconds=over("seconds"), cost=over("cost"),
     )  # fmt: skip
+
+
+def _differences(folders: Sequence[Path]) -> list[float]:
+    """The paired difference of each question, its mean over the seeds."""
+    found: dict[str, list[float]] = {}
+    for folder in folders:
+        for row in read_rows(folder / "test" / OWN / "outcomes.jsonl"):
+            found.setdefault(row["id"], []).append(row["reward_steered"] - row["reward_baseline"])
+    return [statistics.fmean(some) for some in found.values()]
+
+
+def _elsewhere(cells: Sequence[Cell]) -> dict[str, list[Mapping[str, Any]]]:
+    """Metrics of each seed on those other tasks that all seeds were tested on, by the name of the task."""
+    everywhere = [cell.elsewhere or {} for cell in cells]
+    return {name: [e[name] for e in everywhere] for name in everywhere[0] if all(name in e for e in everywhere)}
 
 
 def _measures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
