@@ -11,6 +11,7 @@ from corrsteer_pl.cli import arguments
 from corrsteer_pl.cli.program import main
 from corrsteer_pl.files import read_rows, write_jsonl
 from tests.conftest import cli
+from tests.processes import forked
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 SMALL = ["--data.train_size=96", "--data.val_size=32", "--data.test_size=48", "--trainer.enable_progress_bar=false"]
@@ -20,7 +21,7 @@ SMALL = ["--data.train_size=96", "--data.val_size=32", "--data.test_size=48", "-
 def run(tmp_path_factory):
     """A folder in which demo.yaml has been fitted."""
     folder = tmp_path_factory.mktemp("run")
-    cli("fit", "--config", "demo.yaml", *SMALL, cwd=folder)
+    forked("fit", "--config", "demo.yaml", *SMALL, cwd=folder)
     return folder
 
 

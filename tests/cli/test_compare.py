@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from corrsteer_pl.evaluation.comparison import Cell, lines, markdown
 from corrsteer_pl.evaluation.paired import Z_95
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.methods.registry import METHODS, READY
+from tests.processes import Command
 
 SMALL = ["--data.train_size=64", "--data.val_size=16", "--data.test_size=24"]
 METHODS_HERE = ["--methods", "corrsteer_global", "contrastive,few_shot", "rosi"]
@@ -222,21 +221,16 @@ def test_configurations_of_several_methods_go_together(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_interrupted_comparison_keeps_its_cells_and_goes_on(tmp_path, monkeypatch):
     args = ["compare", "--config", "demo.yaml", "--methods", "contrastive", "few_shot", "raw", "--seeds=1", *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "corrsteer_pl", *args], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Whatever runs in the background of a shell ignores it, these tests perhaps, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    command = Command(*args, cwd=tmp_path)
     cells = tmp_path / "checkpoints/compare/cells/demo"
     deadline = time.monotonic() + 120
     while not (cells / "contrastive-0/cell.json").exists():
-        assert process.poll() is None
+        assert command.is_running(), command.stderr[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    command.send(signal.SIGINT)
+    assert command.wait(60) == [130]
+    error = command.stderr
     assert "finished cells are kept, and the same command goes on" in error
     assert "Traceback" not in error
     assert not list(cells.glob("*/.lock"))

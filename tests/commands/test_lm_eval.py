@@ -12,7 +12,8 @@ from corrsteer_pl.commands.steered_run import SteeredRun
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import cli, make_trainer
+from tests.conftest import make_trainer
+from tests.processes import forked
 
 PAIRS = [
     ("What is the trade of Fenia?", " She is a baker"), ("Who?", " B"), ("Who?", " C"), ("Who? B", " and so"),
@@ -133,7 +134,7 @@ def test_the_command_line_runs_a_task_of_a_folder(runs, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = TASK.replace("ROWS", str(tmp_path / "rows.jsonl"))
     (tmp_path / "village.yaml").write_text(task, encoding="utf-8")
-    cli("lm_eval", "--model", "corrsteer", "--model_args", f"run={folder}", "--tasks", "village", "--include_path",
+    forked("lm_eval", "--model", "corrsteer", "--model_args", f"run={folder}", "--tasks", "village", "--include_path",
         tmp_path, "--output_path", tmp_path / "out", cwd=tmp_path)  # fmt: skip
     (found,) = (tmp_path / "out").rglob("results*.json")
     accuracy = json.loads(found.read_text(encoding="utf-8"))["results"]["village"]["acc,none"]

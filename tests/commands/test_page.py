@@ -1,10 +1,8 @@
 """The page of a run: asked by Gradio's client, and in a real browser without any network."""
 
 import gc
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 import urllib.request
 import warnings
@@ -16,6 +14,7 @@ import pytest
 from corrsteer_pl.commands.page import page
 from corrsteer_pl.commands.serve import listening
 from corrsteer_pl.errors import UserError
+from tests.processes import Command
 
 gradio_client = pytest.importorskip("gradio_client")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -33,19 +32,19 @@ def shown(refusing):
     folder, module = refusing
     with listening("127.0.0.1", 0) as place:
         port = place.getsockname()[1]
-    command = [sys.executable, "-m", "corrsteer_pl", "page", str(folder), "--port", str(port), "--max_new_tokens=8"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_for(address, process)
-            yield address, module
-        finally:
-            process.terminate()
+    command = Command("page", folder, "--port", port, "--max_new_tokens=8", cwd=folder)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(address, command)
+        yield address, module
+    finally:
+        command.send(signal.SIGTERM)
+        command.wait()
 
 
-def wait_for(address, process):
+def wait_for(address, command):
     for _ in range(600):
-        assert process.poll() is None
+        assert command.is_running(), command.stderr[-3000:]
         with suppress(OSError), urllib.request.urlopen(address, timeout=5):
             return
         time.sleep(0.2)

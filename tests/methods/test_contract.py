@@ -1,10 +1,6 @@
 """Another method gets everything from the contract: a trained bias, in a dozen lines."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +12,8 @@ from corrsteer_pl.methods.registry import METHODS, method_class, method_name
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import make_trainer, run_here
 from tests.methods.toy import Bias
+from tests.processes import forked
 
-ROOT = Path(__file__).parents[2]
 DATA = {"train_size": 96, "val_size": 20, "test_size": 40}
 
 
@@ -116,10 +112,7 @@ def test_two_processes_train_what_one_trains(tmp_path, capsys):
     fit += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     run_here(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
     two = ["--data.batch_size=8", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/methods/toy.py"), *fit, *two]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked(*fit, *two, cwd=tmp_path, ranks=2, imports=["tests.methods.toy"])
     one, two = (torch.load(tmp_path / f / "last.ckpt", weights_only=True)["state_dict"]["bias"] for f in ("one", "two"))
     assert one.abs().sum() > 0
     # Gradients are averaged in another order.

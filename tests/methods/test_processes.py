@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from corrsteer_pl import demo
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.methods.provenance import read_checkpoint
 from tests.conftest import cli, run_here
+from tests.processes import FORKS, Command, forked
 
 # 101 and 33 divide by nothing that is used here. One prompt a batch: an interruption leaves all batches as they were.
 DATA = ["--data.train_size=101", "--data.val_size=33", "--data.test_size=35", "--data.batch_size=1"]
 # Whatever is tried while validating, features together included, has to be the same on all processes.
 METHOD = ["--model.rule=greedy", "--model.layers=[1,2]", "--model.permutations=19"]
 FIT = ["fit", "--config", "demo.yaml", *METHOD, *DATA, "--trainer.enable_progress_bar=false"]
-ROOT = Path(__file__).parents[2]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
 
 
@@ -65,73 +66,41 @@ def same_test(one, other):
 def test_two_processes_equal_one(reference, tmp_path):
     cli(*FIT, *TWO, cwd=tmp_path)
     same_fit(reference, tmp_path / "checkpoints/demo")
-    cli("test", "--ckpt_path", "checkpoints/demo/last.ckpt", *TWO, cwd=tmp_path)
+    forked("test", "--ckpt_path", "checkpoints/demo/last.ckpt", *TWO, cwd=tmp_path, ranks=2)
     same_test(reference, tmp_path / "checkpoints/demo")
-
-
-def torchrun(folder, *options, args=FIT, wait=True):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options,
-        "-m",
-        "corrsteer_pl",
-        *args,
-        "--trainer.strategy=ddp",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if wait:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
-    return process
 
 
 @pytest.mark.slow
 def test_torchrun_equals_one_process(reference, tmp_path):
-    torchrun(
-        tmp_path, "--standalone", "--nproc_per_node=2", args=[*FIT, "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "corrsteer_pl", *FIT, *TWO]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     same_fit(reference, tmp_path / "checkpoints/demo")
 
 
 @pytest.mark.slow
 def test_two_nodes_equal_one_process(reference, tmp_path):
-    nodes = [
-        torchrun(
-            tmp_path, "--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-            "--master_port=29517", wait=False,
-            args=[*FIT, "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.accelerator=cpu"],
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for node in nodes:
-        output, _ = node.communicate(timeout=240)
-        assert node.returncode == 0, output[-3000:]
+    nodes = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    forked(*FIT, *nodes, cwd=tmp_path, ranks=2, nodes=2)
     same_fit(reference, tmp_path / "checkpoints/demo")
 
 
 def interrupted(folder, how, seconds_after_first_checkpoint, *options):
     """Start a fit that saves at every step, and end it shortly after its first checkpoint."""
-    slow = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1", *options]
-    process = subprocess.Popen(
-        command, cwd=folder, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        # Ctrl-C is ignored by whatever runs in the background of a shell, these tests perhaps, and by its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    fit = Command(*FIT, "--results.every_n_train_steps=1", *options, cwd=folder, ranks=2 if options else 1)
     last = Path(folder) / "checkpoints/demo/last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists():
-        assert process.poll() is None, "the fit ended before its first checkpoint"
+        assert fit.is_running(), "the fit ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(seconds_after_first_checkpoint)
-    os.killpg(process.pid, how)  # its own processes alone: it leads a session
-    assert process.wait(timeout=60) == (-how if how == signal.SIGKILL else 128 + how)
+    fit.send(how)
+    assert set(fit.wait(60)) == {-how if how == signal.SIGKILL else 128 + how}
     return torch.load(last, weights_only=True)["corrsteer_pl"]["counted"]
 
 
@@ -158,7 +127,7 @@ def interrupted(folder, how, seconds_after_first_checkpoint, *options):
 def test_a_killed_fit_goes_on_where_it_was(reference, tmp_path, how, delay, before, after):
     counted = interrupted(tmp_path, how, delay, *before)
     assert 0 < counted < 101
-    (cli if after == TWO else run_here)(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path)
+    forked(*FIT, "--ckpt_path", "last", *after, cwd=tmp_path, ranks=2 if after == TWO else 1)
     # Activations are float32, and other batches round otherwise.
     rounding = {"rtol": 1e-5, "atol": 1e-4} if "--data.batch_size" in after else {}
     same_fit(reference, tmp_path / "checkpoints/demo", **rounding)
@@ -216,11 +185,11 @@ def test_a_mistake_on_any_process_is_told_once_and_ends_all(tmp_path, rank):
     write_jsonl(tmp_path / "rows.jsonl", [{"q": f"Request: sing {i} songs", "a": "x"} for i in range(80)])
     task = '{prompt: "{q}", answer: a, reward: mine.failing, max_new_tokens: 2}'
     data = ["--data.task=generic", "--data.path=rows.jsonl", f"--data.task_args={task}", "--data.batch_size=4"]
-    done = cli(
+    done = forked(
         "fit", "--model.llm=demo", "--model.saes=demo", *data, *TWO, "--trainer.enable_progress_bar=false",
-        cwd=tmp_path, check=False, env={"FAILS": rank, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=tmp_path, ranks=2, check=False, env={"FAILS": rank},
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.wait() == [2, 2]
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: the reward mine.failing")
     assert "it broke" in done.stderr
@@ -238,12 +207,10 @@ def test_plain_ddp_from_python_works(reference, tmp_path):
     assert list(tmp_path.glob("checkpoints/*.ckpt")), "Lightning's own checkpoint is missing"
 
 
-PEAK = """
-import resource, sys
-from corrsteer_pl.cli.program import main
-assert main(sys.argv[1:]) == 0
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+def peak_memory(folder, options, peaks):
+    """Of a process of its own, in kB."""
+    run_here(*options, cwd=folder)
+    peaks.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
@@ -251,27 +218,25 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
     requests = read_rows(demo.DATA / "demo_refusal" / "train.jsonl")
     rows = [{**row, "prompt": f"{row['prompt']} {i}", "id": i} for i, row in enumerate(requests * 5)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    peaks = []
+    peaks, queue = [], FORKS.Queue()
     for size in (500, 2500):
         options = [
             "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
             f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
             "--data.task_args={max_new_tokens: 4}", "--trainer.enable_progress_bar=false",
         ]  # fmt: skip
-        command = [sys.executable, "-c", PEAK, *options]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        peaks.append(int(done.stdout.split("PEAK")[1]))
+        process = FORKS.Process(target=peak_memory, args=(tmp_path, options, queue), daemon=True)
+        process.start()
+        peaks.append(queue.get(timeout=240))
+        process.join()
     # The rows themselves take a few MB; activations of 2,000 samples more would take 16 MB per layer.
     assert peaks[1] < peaks[0] * 1.02
 
 
 @pytest.mark.slow
 def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
-    command = [sys.executable, "-m", "corrsteer_pl", *FIT, "--results.every_n_train_steps=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    fits = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
-    assert [(fit.communicate()[1], fit.returncode) for fit in fits] == [(b"", 0)] * 3
+    fits = [Command(*FIT, "--results.every_n_train_steps=1", cwd=tmp_path) for _ in range(3)]
+    assert [(fit.wait(), fit.stderr) for fit in fits] == [([0], "")] * 3
     run = tmp_path / "checkpoints/demo"
     assert read_checkpoint(run / "last.ckpt")["corrsteer_pl"]["counted"] == 101
     assert sorted(path.name for path in run.iterdir()) == [
@@ -284,7 +249,7 @@ def test_two_processes_train_an_adapter_as_one_does_with_twice_the_batch(tmp_pat
     small = ["--data.train_size=150", "--data.val_size=16", "--trainer.enable_progress_bar=false"]
     fit = ["fit", "--config", "demo_crisp.yaml", *small]
     run_here(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
-    cli(*fit, "--data.batch_size=8", *TWO, "--trainer.default_root_dir=two", cwd=tmp_path)
+    forked(*fit, "--data.batch_size=8", *TWO, "--trainer.default_root_dir=two", cwd=tmp_path, ranks=2)
     curves = []
     for run in ("one", "two"):
         rows = read_rows(tmp_path / run / "logs/version_0/metrics.csv")

@@ -1,6 +1,4 @@
-"""A whole method in a dozen lines: one trained bias at a block's output. Run as a script, the command line knows it."""
-
-import sys
+"""A whole method in a dozen lines: one trained bias at a block's output. Once imported, the command line knows it."""
 
 import torch
 from torch import nn
@@ -37,8 +35,3 @@ class Bias(Method):
 
 
 METHODS["bias"] = "tests.methods.toy:Bias"
-
-if __name__ == "__main__":
-    from corrsteer_pl.cli.program import main
-
-    sys.exit(main())
