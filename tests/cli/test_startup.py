@@ -10,6 +10,7 @@ import pytest
 from corrsteer_pl.cli import lightning, options, program
 from corrsteer_pl.cli.program import main
 from corrsteer_pl.methods.registry import METHODS
+from tests.conftest import run_here
 
 LARGE = ("torch", "lightning", "transformers", "datasets", "sae_lens", "numpy", "scipy", "pyarrow", "jsonargparse")
 
@@ -102,7 +103,7 @@ def test_help_and_parser_have_the_same_options(command, monkeypatch):
 
 def test_a_test_of_a_checkpoint_needs_neither_autoencoders_nor_datasets(tmp_path):
     small = ["--data.train_size=96", "--data.val_size=16", "--data.test_size=8", "--trainer.enable_progress_bar=false"]
-    assert loaded("fit", "--config", "demo.yaml", "--model.layers=[1]", *small, cwd=tmp_path)[0] == 0
+    run_here("fit", "--config", "demo.yaml", "--model.layers=[1]", *small, cwd=tmp_path)
     test = ["test", "--ckpt_path", "checkpoints/demo/last.ckpt", "--trainer.enable_progress_bar=false"]
     status, modules, _, _ = loaded(*test, cwd=tmp_path)
     assert status == 0
