@@ -14,9 +14,9 @@ help:  ## list the targets
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-# uv takes a fifth of the time; where it cannot do it, pip can.
-	{ $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python \
-	  --constraint constraints.txt --editable '.[dev]'; } \
+# uv takes a fifth of the time; where it cannot do it, pip can. Bytecode halves the time that every import takes.
+	{ $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --native-tls --compile-bytecode \
+	  --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; } \
 	  || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
