@@ -219,7 +219,7 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
     rows = [{**row, "prompt": f"{row['prompt']} {i}", "id": i} for i, row in enumerate(requests * 5)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     peaks, queue = [], FORKS.Queue()
-    for size in (500, 2500):
+    for size in (500, 5000):
         options = [
             "fit", "--config", "demo.yaml", "--data.task=refusal", "--data.path=rows.jsonl",
             f"--data.train_size={size}", "--data.val_size=8", "--data.test_size=8",
@@ -229,8 +229,8 @@ def test_peak_memory_does_not_grow_with_samples(tmp_path):
         process.start()
         peaks.append(queue.get(timeout=240))
         process.join()
-    # The rows themselves take a few MB; activations of 2,000 samples more would take 16 MB per layer.
-    assert peaks[1] < peaks[0] * 1.02
+    # In kB: 4,500 rows take about 10,000, what they activate in three layers would take 28,000.
+    assert peaks[1] < peaks[0] + 24_000
 
 
 @pytest.mark.slow
