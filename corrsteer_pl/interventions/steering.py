@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.models.decoding.branches import Run
+from corrsteer_pl.models.llm import CACHE
 from corrsteer_pl.models.sites import Site, decoder_blocks
 
 # The file of a fit, and of a repository on the Hub.
@@ -284,7 +285,7 @@ class _Clock:
         """Whether a forward pass is the first of a generation."""
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE if name in kwargs), None)
         return tokens.shape[1] > 1 or (cache is not None and cache.get_seq_length() == 0)
 
 

@@ -18,6 +18,8 @@ from corrsteer_pl.models.sites import name_blocks
 
 # Names of attention windows that layers compute from the place of a key in the cache, whatever the mask says.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
+# What transformers calls the cache of keys and values that a forward pass goes on with: since 5.24, and before.
+CACHE = ("cache", "past_key_values")
 # Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
@@ -215,8 +217,8 @@ class LanguageModel:
         kept = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device)
         optional = {"position_ids": positions, "logits_to_keep": kept}
         known = {name: value for name, value in optional.items() if name in self._accepts}
-        use_cache = cache is not None
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, **known)
+        known[next((name for name in CACHE if name in self._accepts), CACHE[-1])] = cache
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **known)
         return output.logits[:, -last:]
 
     @cached_property

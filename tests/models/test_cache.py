@@ -1,10 +1,14 @@
-"""The cache with room against transformers' own."""
+"""The cache with room against transformers' own, and its name."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from corrsteer_pl.interventions.steering import Schedule, _Clock
 from corrsteer_pl.models.decoding.cache import FullCache, joined, picked
+from corrsteer_pl.models.llm import CACHE, LanguageModel
 
 LAYERS = 2
 
@@ -106,3 +110,32 @@ def test_joined_rows_hold_what_one_cache_does_with_room_and_without_copies_left_
     written(whole, 4)
     same(ours, whole)
     assert [keys.data_ptr() for keys, _ in ours.pairs] == before
+
+
+class Newer(torch.nn.Module):
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
+        self.given = cache
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
+
+class Older(torch.nn.Module):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        self.given = past_key_values
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
+
+@pytest.mark.parametrize("kind", [Newer, Older])
+def test_a_cache_is_given_by_the_name_that_a_model_has(kind):
+    llm, ids, cache = LanguageModel("any", kind(), None), torch.zeros(1, 3, dtype=torch.int64), object()
+    llm.forward(ids, torch.ones_like(ids), ids, cache)
+    assert llm.model.given is cache
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_an_empty_cache_starts_a_generation_whatever_its_name(name):
+    clock, weights = _Clock(Schedule("prompt_last")), []
+    for filled in (0, 1, 2, 0, 1):
+        cache = SimpleNamespace(get_seq_length=lambda filled=filled: filled)
+        clock.tick(torch.nn.Module(), (), {"input_ids": torch.zeros(1, 1), name: cache})
+        weights.append(clock.weight)
+    assert weights == [1, 0, 0, 1, 0]

@@ -93,6 +93,8 @@ def _rows_agree(llm: LanguageModel, ids: Tensor) -> bool:
     cache = DynamicCache(config=llm.config)
     mask, rows = torch.ones_like(ids), torch.arange(len(ids), device=ids.device).flip(0).repeat(2)
     llm.forward(ids[:, :-2], mask[:, :-2], positions_of(mask[:, :-2]), cache)
+    if cache.get_seq_length() != ids.shape[1] - 2:
+        return False
     run = BatchRows(llm, picked(cache, rows), mask[rows, :-1])
     run.forward(ids[rows, -2:-1])
     return _close(run.forward(ids[rows, -1:])[:, 0], _at_once(llm, ids)[rows])
