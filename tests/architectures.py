@@ -76,3 +76,14 @@ def hf_texts(llm, batch, new=NEW, **options):
 def vectors(layers=(0, 2), kind="resid_post", strength=4.0, seed=0, width=WIDTH):
     generator = torch.Generator().manual_seed(seed)
     return {Site(layer, kind): strength * torch.randn(width, generator=generator) for layer in layers}
+
+
+def hf_log_likelihood(llm, prompt, option, vectors):
+    """Of an option's tokens after a prompt, each read on its own while Hugging Face's cache grows, under vectors."""
+    total, cache, chunk = 0.0, None, torch.tensor([prompt])
+    with torch.no_grad(), vectors.attached(llm.model):
+        for token in option:
+            out = llm.model(chunk, use_cache=True, **{llm.cache_name: cache})
+            total += out.logits[0, -1].double().log_softmax(-1)[token].item()
+            cache, chunk = out[llm.cache_name], torch.tensor([[token]])
+    return total

@@ -113,9 +113,12 @@ class Models(ModelManager):
         """Text."""
         return Modality.LLM
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """What can be asked for."""
         return [{"id": name, "object": "model", "created": 0, "owned_by": "corrsteer_pl"} for name in self.variants]
+
+    # Its name before transformers 5.24.
+    get_gen_models = list_models  # type: ignore[assignment]
 
     def shutdown(self) -> None:
         """Keep what is loaded."""

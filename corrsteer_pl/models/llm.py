@@ -18,7 +18,7 @@ from corrsteer_pl.models.sites import name_blocks
 
 # Names of attention windows that layers compute from the place of a key in the cache, whatever the mask says.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
-# What transformers calls the cache of keys and values that a forward pass goes on with: since 5.24, and before.
+# What transformers calls a cache of keys and values: since 5.24, and before.
 CACHE = ("cache", "past_key_values")
 # Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -217,9 +217,14 @@ class LanguageModel:
         kept = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device)
         optional = {"position_ids": positions, "logits_to_keep": kept}
         known = {name: value for name, value in optional.items() if name in self._accepts}
-        known[next((name for name in CACHE if name in self._accepts), CACHE[-1])] = cache
+        known[self.cache_name] = cache
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **known)
         return output.logits[:, -last:]
+
+    @property
+    def cache_name(self) -> str:
+        """What the model's forward pass calls the cache of keys and values that it goes on with."""
+        return next((name for name in CACHE if name in self._accepts), CACHE[-1])
 
     @cached_property
     def _accepts(self) -> Any:

@@ -4,14 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import DynamicCache
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.steered_run import SteeredRun
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
+from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.run_files import RunFiles
+from tests.architectures import hf_log_likelihood
 from tests.conftest import make_trainer
 from tests.processes import forked
 
@@ -43,18 +42,6 @@ def requests(pairs):
     return [SimpleNamespace(args=pair, arguments=pair) for pair in pairs]
 
 
-def step_by_step(module, context, continuation, schedule):
-    """Log-likelihood of a continuation, each of its tokens read on its own under the vectors' own clock."""
-    model, total, cache = module.llm.model, 0.0, DynamicCache()
-    ids, steered = torch.tensor([context]), SteeringVectors(module.steering_vectors(), schedule)
-    with torch.no_grad(), steered.attached(model):
-        for token in continuation:
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
-            total += logits.log_softmax(-1)[token].item()
-            ids = torch.tensor([[token]])
-    return total
-
-
 @pytest.mark.parametrize("name", ["generated", "decaying"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_log_likelihoods_are_those_of_decoding_step_by_step(name, batch_size, runs):
@@ -62,16 +49,15 @@ def test_log_likelihoods_are_those_of_decoding_step_by_step(name, batch_size, ru
     model = model_of(folder, batch_size=batch_size)
     found = model.loglikelihood(requests(PAIRS), disable_tqdm=True)
     plain = model_of(folder, steered=False, batch_size=batch_size).loglikelihood(requests(PAIRS), disable_tqdm=True)
-    none = Schedule("first_k", 1)
+    steering = SteeringVectors(module.steering_vectors(), module.schedule)
     for (context, continuation), (nats, _), (unsteered, _) in zip(PAIRS, found, plain, strict=True):
         if context:
             tokens = model._encode_pair(context, continuation)
         else:
             tokens = [model.prefix_token_id], model.tok_encode(continuation, add_special_tokens=False)
-        assert nats == pytest.approx(step_by_step(module, *tokens, module.schedule), abs=1e-4)
+        assert nats == pytest.approx(hf_log_likelihood(module.llm, *tokens, steering), abs=1e-4)
         assert nats != pytest.approx(unsteered, abs=1e-3)
-        assert unsteered == pytest.approx(step_by_step(SimpleNamespace(
-            llm=module.llm, steering_vectors=dict), *tokens, none), abs=1e-4)  # fmt: skip
+        assert unsteered == pytest.approx(hf_log_likelihood(module.llm, *tokens, SteeringVectors({})), abs=1e-4)
 
 
 def test_a_batch_size_that_is_found_changes_nothing(runs):
@@ -100,7 +86,8 @@ def test_equal_texts_that_are_parted_elsewhere_are_steered_elsewhere(runs):
     tokens = model.tok_encode("Who lives in the valley?")
     split = [(("", ""), tokens[:2], tokens[2:]), (("", ""), tokens[:4], tokens[4:])]
     nats = [score for score, _ in model._loglikelihood_tokens(split, disable_tqdm=True)]
-    assert nats == pytest.approx([step_by_step(module, a, b, module.schedule) for _, a, b in split], abs=1e-4)
+    steering = SteeringVectors(module.steering_vectors(), module.schedule)
+    assert nats == pytest.approx([hf_log_likelihood(module.llm, a, b, steering) for _, a, b in split], abs=1e-4)
 
 
 def test_texts_are_those_of_the_test(runs):

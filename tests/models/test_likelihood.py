@@ -9,7 +9,7 @@ from corrsteer_pl.interventions.steering import POSITIONS, Schedule, SteeringVec
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.decoding.kept import KeptPrompts
-from tests.architectures import PROMPTS, WIDTH, batch_of, make_tiny, vectors
+from tests.architectures import PROMPTS, WIDTH, batch_of, hf_log_likelihood, make_tiny, vectors
 
 OPTIONS = [[[40, 41, 42], [43]], [[5], [6, 7], [8, 9, 10, 11]], [[300, 2]], [[12, 13], [12, 14]]]
 
@@ -19,17 +19,6 @@ def naive(llm, prompt, option):
     ids = torch.tensor([prompt + option])
     log_p = llm.model(ids).logits[0].double().log_softmax(-1)
     return sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(option))
-
-
-def step_by_step(llm, prompt, option, vectors):
-    """The same while Hugging Face's own cache grows token by token, under vectors that count their steps."""
-    total, cache, chunk = 0.0, None, torch.tensor([prompt])
-    with vectors.attached(llm.model):
-        for token in option:
-            out = llm.model(chunk, past_key_values=cache, use_cache=True)
-            total += out.logits[0, -1].double().log_softmax(-1)[token].item()
-            cache, chunk = out.past_key_values, torch.tensor([[token]])
-    return total
 
 
 def test_likelihoods_are_those_of_plain_forward_passes(tiny):
@@ -49,7 +38,7 @@ def test_every_variant_is_steered_at_each_step_of_every_option(tiny, positions):
         for prompt, options, nats in zip(PROMPTS, OPTIONS, found, strict=True):
             for variant, steered in enumerate(many):
                 own = SteeringVectors(steered, schedule)
-                expected = [step_by_step(tiny, prompt, option, own) for option in options]
+                expected = [hf_log_likelihood(tiny, prompt, option, own) for option in options]
                 torch.testing.assert_close(nats[variant], torch.tensor(expected).double(), rtol=2e-3, atol=2e-3)
 
 
