@@ -9,6 +9,8 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
 from corrsteer_pl.errors import UserError, choices, one_line
 
 # The checkpoint of a run.
@@ -93,9 +95,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             if path.is_dir():
                 rmtree(path)
             new.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or one_line(error)}). Name another place."
+            f"{path} cannot be written ({getattr(error, 'strerror', None) or one_line(error)}). Name another place."
         ) from error
 
 

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import check_writable, write_atomically, write_between
+from corrsteer_pl.files import check_writable, write_atomically, write_between, write_whole
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import make_trainer
 
@@ -26,6 +27,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
         write_atomically(path, fills_the_disk)
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_of_weights_is_one_sentence(tmp_path):
+    def write(file):
+        file.write_text("half of it", encoding="utf-8")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match=r"merged cannot be written \(Error while serializing.*\). Name another place"):
+        write_whole(tmp_path / "merged", write)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interruption_leaves_nothing_half_written(tmp_path):

@@ -1,6 +1,7 @@
 """The commands: which there are, and what runs each. Nothing large is imported before a command is known to be run."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,11 +65,17 @@ EXAMPLES = f"""examples:
 
 
 def process() -> int:
-    """Run the command of a process of its own: warnings are one line each, and whoever reads the output may leave."""
+    """Run the command of a process of its own.
+
+    Warnings are one line each, Ctrl-C ends it without a traceback, and whoever reads the output may leave.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         status = main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # What is left of the output goes nowhere.
         with Path(os.devnull).open("wb") as nowhere:

@@ -135,6 +135,15 @@ def test_each_run_tells_its_own_mistake_though_the_port_is_the_same(environment,
         assert done.stderr.startswith("error: the command 'fitt' is not known")
 
 
+def test_an_interrupt_ends_any_command_without_a_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "main", interrupted)
+    assert program.process() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_who_reads_the_output_may_leave():
     reading, writing = os.pipe()
     os.close(reading)
