@@ -30,6 +30,8 @@ class Command:
 
     def __init__(self, *args, cwd, ranks=1, nodes=1, env=None, imports=()):
         self.said = Path(tempfile.mkdtemp(prefix="said-", dir=Path(cwd).parent))
+        for name in ("stdout", "stderr"):
+            (self.said / name).touch()
         port, local = free_port(), ranks // nodes
         self.processes = []
         for rank in range(ranks):
@@ -89,7 +91,7 @@ def _run(args, cwd, env, imports, said):
     # Whatever runs in the background of a shell ignores it, these tests perhaps.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(said / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
+        os.dup2(os.open(said / name, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ |= env
     for name in imports:
         import_module(name)

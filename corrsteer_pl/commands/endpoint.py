@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -20,9 +21,13 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
+from corrsteer_pl.errors import one_line
 from corrsteer_pl.methods.loading import Fit
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
+
+# What the server of transformers raises at a request that it does not expect.
+MISTAKES = (TypeError, ValueError, LookupError, AttributeError, TemplateError)
 
 
 def names(name: str) -> tuple[str, str]:
@@ -82,10 +87,13 @@ class Variant:
         return getattr(self._llm.model, name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate under the variant."""
+        """Generate under the variant, no further than the model's context."""
         length, most = kwargs["input_ids"].shape[1], self._llm.context
         if length > most:
             raise HTTPException(400, f"the prompt has {length} tokens, but the model reads at most {most}")
+        settings = kwargs["generation_config"]
+        # The last token is not read.
+        settings.max_new_tokens = min(settings.max_new_tokens, most + 1 - length)
         with self._lock, self._variant.attached(self._llm.model):
             return self._llm.model.generate(*args, **kwargs)
 
@@ -125,15 +133,30 @@ class Models(ModelManager):
 
 
 class Checked(BaseHandler):
-    """Answers requests that can be answered."""
+    """Answers requests that can be answered.
+
+    Attributes:
+        asked: The field of a request that must not be empty.
+    """
 
     model_manager: Models
+    asked = "messages"
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         """Refuse a request, or answer it."""
         refuse(body, self.model_manager.variants)
         self.check(body)
-        return await super().handle_request(body, request_id)  # type: ignore[misc]
+        try:
+            return await super().handle_request(body, request_id)  # type: ignore[misc]
+        except MISTAKES as error:
+            raise HTTPException(400, f"the request cannot be answered ({one_line(error)})") from error
+
+    def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
+        settings = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("temperature"):
+            settings.do_sample = True
+        settings.stop_strings = settings.stop_strings or None
+        return settings
 
     def check(self, body: Mapping[str, Any]) -> None:
         """Refuse what this kind of request must not lack."""
@@ -141,6 +164,8 @@ class Checked(BaseHandler):
             raise HTTPException(
                 400, f"{body['model']} has no chat template. Ask for completions of a plain prompt instead."
             )
+        if not body.get(self.asked):
+            raise HTTPException(400, f"there are no {self.asked}")
 
 
 class Chats(Checked, ChatCompletionHandler):
@@ -149,6 +174,8 @@ class Chats(Checked, ChatCompletionHandler):
 
 class Responses(Checked, ResponseHandler):
     """Answers conversations, by the newer interface."""
+
+    asked = "input"
 
 
 class Completions(Checked, CompletionHandler):
@@ -167,7 +194,7 @@ def refuse(request: Mapping[str, Any], models: Mapping[str, Any]) -> None:
         HTTPException: With the reason.
     """
     model = request.get("model")
-    if model not in models:
+    if not isinstance(model, str) or model not in models:
         raise HTTPException(404, f"there is no model {model!r}; there are {' and '.join(models)}")
     for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         wanted = request.get(field)
@@ -176,6 +203,13 @@ def refuse(request: Mapping[str, Any], models: Mapping[str, Any]) -> None:
     heat = request.get("temperature")
     if heat is not None and not (type(heat) in (int, float) and 0 <= heat < inf):
         raise HTTPException(400, f"temperature is {heat!r}; it is a number, at least 0")
+    share = request.get("top_p")
+    if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
+        raise HTTPException(400, f"top_p is {share!r}; it is a number above 0, at most 1")
+    stop = request.get("stop")
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise HTTPException(400, f"stop is {stop!r}; it is a text, or a list of texts, none of them empty")
     if request.get("n") not in (None, 1):
         raise HTTPException(400, f"n is {request['n']!r}, but a request has one answer")
     if request.get("logprobs"):

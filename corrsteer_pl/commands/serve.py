@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint for a run, by transformers' own server: one model under two names."""
 
 import socket
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def serve(
         app = application(fit, name or fit.name, api_key)
         shown, open_port = places.getsockname()[:2]
         show(f"{', '.join(names(name or fit.name))} at http://{shown}:{open_port}/v1; Ctrl-C ends it.")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[places])
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[places])
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -1,6 +1,8 @@
 """The endpoint, asked by the official client: two models, streams, and requests at the same time."""
 
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -9,6 +11,7 @@ import pytest
 from corrsteer_pl.commands.serve import listening, serve
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.loading import load_fit
+from tests.processes import Command
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -83,6 +86,11 @@ def test_other_models_and_chats_without_a_template_are_refused(client):
         ({"max_tokens": 0}, "max_tokens is 0; it is a number of tokens, at least 1"),
         ({"temperature": -1}, "temperature is -1; it is a number, at least 0"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"top_p": 5}, "top_p is 5; it is a number above 0, at most 1"),
+        ({"stop": 5}, "stop is 5; it is a text, or a list of texts, none of them empty"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+        ({"seed": "x"}, "the request cannot be answered"),
+        ({"frequency_penalty": "x"}, "the request cannot be answered"),
         ({"n": 2}, "n is 2, but a request has one answer"),
         ({"logprobs": 1}, "logprobs cannot be had here"),
         ({"prompt": ""}, "there is no prompt"),
@@ -92,6 +100,39 @@ def test_other_models_and_chats_without_a_template_are_refused(client):
 def test_a_request_that_cannot_be_answered_is_told(client, options, sentence):
     with pytest.raises(openai.BadRequestError, match=sentence):
         client.completions.create(**{"model": "village", "prompt": "A hen", **options})
+
+
+def test_a_temperature_samples_and_none_is_greedy(client):
+    asked = {"model": "village", "prompt": "A hen", "max_tokens": 8, "stop": []}
+    drawn = {client.completions.create(**asked, temperature=5).choices[0].text for _ in range(4)}
+    assert len(drawn) > 1
+    assert len({client.completions.create(**asked).choices[0].text for _ in range(2)}) == 1
+
+
+def test_an_answer_ends_where_the_models_context_does(client, fitted):
+    llm = fitted[0].method.llm
+    prompt = "hen " * (llm.context - 8)
+    length = len(llm.token_ids(prompt))
+    assert length < llm.context
+    found = client.completions.create(model="village", prompt=prompt, max_tokens=200, temperature=0)
+    assert found.usage.completion_tokens <= llm.context + 1 - length
+
+
+def test_models_of_no_name_are_refused(client):
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        client.completions.create(model=["village"], prompt="A hen")
+
+
+def test_the_server_ends_on_an_interrupt_without_a_word(fitted, tmp_path):
+    command = Command("serve", fitted[0].folder, "--port", 0, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while "Ctrl-C ends it" not in command.stdout:
+        assert command.is_running(), command.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    command.send(signal.SIGINT)
+    assert command.wait(30) == [0]
+    assert "Traceback" not in command.stderr
 
 
 def test_with_a_chat_template_conversations_are_answered(fitted):
@@ -105,6 +146,8 @@ def test_with_a_chat_template_conversations_are_answered(fitted):
             for model, answer in (("village", outcome.answer_baseline), ("village-steered", outcome.answer_steered)):
                 found = make("any").chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
                 assert found.choices[0].message.content.strip() == answer.strip()
+            with pytest.raises(openai.BadRequestError, match="there are no messages"):
+                make("any").chat.completions.create(model="village", messages=[])
     finally:
         tokenizer.chat_template = None
 
