@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.files import write_json, write_utf8
 from corrsteer_pl.hub import HTTP_ERROR
-from corrsteer_pl.interventions.steering import FILE, SteeringVectors
+from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
 
 # What is raised where nothing answers.
 UNREACHED: Any = (HTTP_ERROR, OSError)
@@ -43,8 +43,9 @@ def push(run: Path, repository: str, private: bool = False, license: str | None 
     if not (run / FILE).is_file():
         raise UserError(f"{run} is a fit of {found.method}, which has no vectors. Export it with --to merged instead.")
     vectors = SteeringVectors.load(run / FILE)
-    if not vectors.vectors:
-        raise UserError(f"{run} selected nothing, so it changes nothing, and there is nothing to push.")
+    if not any(vector.any() for vector in vectors.vectors.values()):
+        why = "steers with a scale of 0" if vectors.vectors else "selected nothing"
+        raise UserError(f"{run} {why}, so it changes nothing, and there is nothing to push.")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_utf8(folder / "README.md", card(found, vectors, repository, license))
@@ -62,14 +63,24 @@ def push(run: Path, repository: str, private: bool = False, license: str | None 
 
 
 def card(run: Run, vectors: SteeringVectors, repository: str, license: str | None) -> str:
-    """The model card of a run."""
+    """The model card of a run, whose verdict is of a test with these vectors, as strong and at the same positions."""
+    alike = [name for name, metrics in run.tests.items() if _is_alike(metrics, run.selection.scale, vectors.schedule)]
+    own = Path(run.task).name
+    test = run.test(own if own in alike else alike[0]) if alike else None
     base = run.model if HUB_ID.fullmatch(run.model) and not Path(run.model).exists() else None
     shown = {
         "run": run, "base": base, "model": run.model, "repository": repository, "license": license,
-        "verdict": verdict(run, run.test()), "schedule": vectors.schedule, "sites": list(vectors.vectors),
+        "verdict": verdict(run, test), "schedule": vectors.schedule, "sites": list(vectors.vectors),
         "saes": _without_places(run.selection.saes).get("name"),
     }  # fmt: skip
     return render("model_card.md.j2", shown)
+
+
+def _is_alike(metrics: Mapping[str, Any], scale: float, schedule: Schedule) -> bool:
+    """Whether a test was steered so. Of several strengths, the chosen one was tested."""
+    own = metrics.get("scale", scale)
+    where = all(metrics.get(name, value) == value for name, value in vars(schedule).items())
+    return where and (isinstance(own, list) or own == scale)
 
 
 def _without_places(value: Any) -> Any:

@@ -166,4 +166,4 @@ class Vectors(Steering):
                     "first, and test its checkpoint."
                 )
         candidates = self.propose()
-        return self.selected(candidates, None, Choice(candidates, None))
+        return self.selected(candidates, None, Choice(candidates, None)).marked(str(self.schedule))

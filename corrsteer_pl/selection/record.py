@@ -70,10 +70,10 @@ class Selection:
         best = best_strength(strengths, allows)
         return replace(self, scale=best.scale, joint_reward=best.reward, strengths=tuple(strengths))
 
-    def marked(self) -> "Selection":
-        """The same with its mark."""
+    def marked(self, beside: str = "") -> "Selection":
+        """The same with its mark, which tells apart what is said beside it, too."""
         said = json.dumps({**self.as_dict(), "mark": ""}, sort_keys=True)
-        return replace(self, mark=sha256(said.encode()).hexdigest()[:16])
+        return replace(self, mark=sha256((said + beside).encode()).hexdigest()[:16])
 
     @property
     def is_like_chance(self) -> bool:

@@ -61,6 +61,20 @@ def test_what_was_pushed_loads_again_and_says_what_was_measured(run, writable, c
     assert stored["saes"]["name"] == "saes"
 
 
+@pytest.mark.parametrize("tested", [{"scale": -3.0}, {"positions": "all"}])
+def test_the_verdict_is_of_a_test_with_these_vectors_alone(run, writable, tested):
+    metrics = run / "test/demo_qa/metrics.json"
+    said = json.loads(metrics.read_text(encoding="utf-8"))
+    metrics.write_text(json.dumps({**said, **tested}), encoding="utf-8")
+    assert main(["push", str(run), "me/happy"]) == 0
+    card = (writable.root / "models/me/happy/README.md").read_text(encoding="utf-8")
+    assert "it has not been tested yet" in card
+    metrics.write_text(json.dumps({**said, "scale": [0.5, 1.0], "positions": "first_k"}), encoding="utf-8")
+    assert main(["push", str(run), "me/happy"]) == 0
+    card = (writable.root / "models/me/happy/README.md").read_text(encoding="utf-8")
+    assert "it has not been tested yet" not in card
+
+
 def test_vectors_are_saved_and_loaded_as_models_of_the_hub_are(tmp_path, writable):
     vectors = SteeringVectors(VECTORS, Schedule("all"))
     vectors.save_pretrained(tmp_path / "here")

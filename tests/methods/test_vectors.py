@@ -11,6 +11,7 @@ from corrsteer_pl.cli.program import main
 from corrsteer_pl.commands.export import export
 from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.methods.run_files import RunFiles
 from corrsteer_pl.methods.vectors import Vectors
@@ -146,6 +147,27 @@ def test_a_test_without_a_fit_takes_no_other_runs_place(tmp_path, monkeypatch, c
     assert main(["test", *given, *elsewhere]) == 2
     assert "has another run of the method vectors, which this test would replace" in capsys.readouterr().err
     assert own.read_bytes() == kept
+
+
+def test_a_run_has_the_tests_of_the_vectors_that_it_steers_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(4 * torch.eye(128)[1], "some.pt")
+    test = ["test", "--method", "vectors", "--config", "demo.yaml", "--model.vectors", "some.pt", *QUIET]
+    test += ["--model.vector_layers=[1]"]
+    assert main(test) == main([*test, "--model.scale=0.5"]) == 0
+    (folder,) = Path("checkpoints").iterdir()
+    (vector,) = SteeringVectors.load(folder / "steering.safetensors").vectors.values()
+    assert vector.norm() == pytest.approx(2)
+    found = Run.read(folder)
+    assert [metrics["scale"] for metrics in found.tests.values()] == [0.5]
+    assert len(found.stale) == 1
+    assert main([*test, "--model.positions=generated"]) == 0
+    assert [metrics["positions"] for metrics in Run.read(folder).tests.values()] == ["generated"]
+    assert main([*test, "--model.scale=0"]) == 0
+    capsys.readouterr()
+    for command in (["push", str(folder), "me/it"], ["export", str(folder), "--to", "gguf"]):
+        assert main(command) == 2
+        assert "steers with a scale of 0, so it changes nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
