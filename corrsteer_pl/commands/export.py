@@ -53,7 +53,8 @@ def _steering(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parit
     method: Any = fit.method
     vectors, format = method.steering_vectors(), FORMATS[to]
     if not any(vector.any() for vector in vectors.values()):
-        raise UserError(f"{fit.folder} selected nothing, so it changes nothing, and there is nothing to export.")
+        why = "steers with a scale of 0" if vectors else "selected nothing"
+        raise UserError(f"{fit.folder} {why}, so it changes nothing, and there is nothing to export.")
     llm = method.llm
     unchanged = Answers.of(llm.model, prompts, nullcontext())
     ours = Answers.of(llm.model, prompts, _changed(fit))
@@ -76,7 +77,8 @@ def _weights(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parity
     method: Any = fit.method
     if to != "merged":
         adapter = fit.folder / "adapter"
-        there = f"; {adapter} is an adapter in peft's format already" if adapter.is_dir() else ""
+        has_adapter = (adapter / "adapter_config.json").is_file()
+        there = f"; {adapter} is an adapter in peft's format already" if has_adapter else ""
         raise UserError(f"{method.name} changes weights, which {to} cannot say. Choose --to merged{there}.")
     unchanged = Answers.of(method.llm.model, prompts, nullcontext())
     ours = Answers.of(method.llm.model, prompts, _changed(fit))
@@ -89,6 +91,7 @@ def _weights(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parity
         with alone(method.llm, new) as model:
             read_by = FORMATS[to].read_by
             found.append(Parity.between(unchanged, ours, Answers.of(model, prompts, nullcontext()), read_by))
+        found[0].require(method.llm.model.dtype)
 
     write_whole(place, write)
     return found[0]
@@ -104,8 +107,8 @@ def _changed(fit: Fit) -> Iterator[None]:
 
 def _remarks(fit: Fit, to: str, place: Path) -> Iterator[str]:
     yield f"Use it with {FORMATS[to].remark.format(path=place)}."
-    positions = fit.method.hparams.get("positions")
-    if to != "easysteer" and positions not in (None, "all"):
+    positions = fit.method.schedule.positions if isinstance(fit.method, Steering) else "all"
+    if to != "easysteer" and positions != "all":
         yield (
             f"The run steers at positions: {positions}; this format steers every position. What that changes: "
             f"python -m corrsteer_pl test --ckpt_path {fit.folder / LAST} --model.positions all"

@@ -75,14 +75,8 @@ class Fit:
         return self.method.llm.prompt_ids(turns, chat, self.data.get("system_prompt") if chat else None)
 
     def compared(self, schedule: Schedule | None = None) -> Intervention:
-        """The unchanged model and the changed one, at the positions of the fit or, of vectors, at others.
-
-        Raises:
-            UserError: The method changes prompts, and no model.
-        """
+        """The unchanged model and the changed one, at the positions of the fit or, of vectors, at others."""
         method: Any = self.method
-        if isinstance(method, Prompting):
-            raise UserError(f"{self.folder} is a fit of prompting, which changes prompts and leaves the model alone.")
         if isinstance(method, Steering):
             return SteeringVectors.stack([{}, method.steering_vectors()], schedule or method.schedule)
         return method.comparison()
@@ -116,7 +110,8 @@ def load_fit(run: Path) -> Fit:
         run: Folder of a run, or a checkpoint.
 
     Raises:
-        UserError: There is no checkpoint, it is damaged or unfinished, or its model is gone or has other weights.
+        UserError: There is no checkpoint, it is damaged or unfinished, its method changes prompts and no model, or its
+            model is gone or has other weights.
     """
     path = run if run.is_file() else run / LAST
     if not path.is_file():
@@ -127,6 +122,11 @@ def load_fit(run: Path) -> Fit:
         )
     record, settings = settings_of(read_checkpoint(path))
     method = method_class(record.method).load_from_checkpoint(path)
+    if isinstance(method, Prompting):
+        raise UserError(
+            f"{path.parent} is a fit of prompting, which changes prompts and leaves the model alone. Give a run that "
+            "changes the model."
+        )
     if not method.is_fitted:
         raise method.unfitted()
     method.llm = LanguageModel.load(method.llm_name, method.dtype_name, **method.llm_args)

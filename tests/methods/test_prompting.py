@@ -4,6 +4,7 @@ import pytest
 
 from corrsteer_pl import TaskDataModule
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.loading import load_fit
 from corrsteer_pl.methods.prompting import Prompting
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import make_trainer, run_here
@@ -39,6 +40,14 @@ def test_a_run_is_reported_as_others_are(tmp_path):
     run_here("report", "run", cwd=tmp_path)
     text = (tmp_path / "run/report.md").read_text(encoding="utf-8")
     assert "A longer prompt for demo changes the reward on demo_qa from" in text
+
+
+def test_there_is_no_changed_model_to_hand_on(tmp_path):
+    make_trainer(callbacks=[RunFiles()], enable_checkpointing=True, default_root_dir=tmp_path).fit(
+        Prompting("demo", examples=1), datamodule=TaskDataModule(**SMALL)
+    )
+    with pytest.raises(UserError, match="is a fit of prompting, which changes prompts and leaves the model alone"):
+        load_fit(tmp_path)
 
 
 def test_what_cannot_be_asked_is_told():

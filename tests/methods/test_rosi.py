@@ -166,9 +166,11 @@ def test_a_checkpoint_tests_as_its_fit_did_and_leaves_the_weights_alone(run):
     assert none.metrics["changed"] == 0
 
 
-def test_an_exported_model_answers_as_the_edited_one_does(run, tmp_path):
+def test_an_exported_model_answers_as_the_edited_one_does(run, tmp_path, capsys):
     folder, module, _, data = run
     export(folder, "merged", tmp_path / "merged")
+    # Positions are what ROSI reads; its edit counts everywhere.
+    assert "steers at positions" not in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     for outcome, example in list(zip(module.outcomes, data.examples["test"], strict=True))[:20]:
