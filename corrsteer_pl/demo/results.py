@@ -89,7 +89,7 @@ def table(found: dict[str, list[Result]], seconds: float) -> str:
     prompts = " and ".join(f"{count} {task}" for task, count in n.items())
     note = (
         f"\nReward in percent on {prompts} test prompts; {SIZES['train_size']} prompts to fit, {SIZES['val_size']} to "
-        "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed answers that got worse. Random "
+        "validate. p: McNemar's exact test. SER (side-effect ratio): share of changed rewards that fell. Random "
         f"features: mean (range) of {DRAWS} draws from the same layers with the same coefficients. Shuffled rewards: "
         "the same fit with the rewards permuted among its prompts, validated on true ones.\n"
         f"{how(seconds, 'results')}"

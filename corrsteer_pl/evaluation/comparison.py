@@ -234,8 +234,8 @@ def _cells(line: Line) -> Iterator[str]:
 
 EXPLAINED = (
     "Reward and differences in percent and percentage points; difference: paired, over the questions, each with its "
-    "mean over the seeds; over seeds: standard deviation of the difference; SER: share of changed answers that got "
-    "worse; elsewhere: difference of the reward on the tasks named by --elsewhere; numbers: how many the change "
+    "mean over the seeds; over seeds: standard deviation of the difference; SER: share of changed rewards that "
+    "fell; elsewhere: difference of the reward on the tasks named by --elsewhere; numbers: how many the change "
     "consists of; cost: extra time to answer, measured on a few prompts."
 )
 

@@ -117,7 +117,7 @@ def metrics_table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         caption=(
             f"reward in percent; interval: 95 %, paired; p: {' or '.join(tests)}"
             + (", of groups corrected by Benjamini and Hochberg" if corrected else "")
-            + "; SER: share of changed samples that got worse, with Wilson's 95 % interval"
+            + "; SER: share of changed rewards that fell, with Wilson's 95 % interval"
         ),
     )
     for heading in ("", "n", "unsteered", "steered", "difference", "interval", "p", "better", "worse", "SER"):

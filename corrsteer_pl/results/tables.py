@@ -41,7 +41,7 @@ NOTE = (
     "\nReward in percent of the test prompts, mean over seeds ± deviation; the difference from the unsteered model "
     "with the mean of the paired 95 % intervals; p of every seed. Random features: mean (range) over all draws, with "
     "the coefficients and layers of the first rule's selection. Shuffled rewards: the same fit with the rewards of all "
-    "prompts permuted, validated on true ones. SER: share of changed answers that got worse. Harmless: change of the "
+    "prompts permuted, validated on true ones. SER: share of changed rewards that fell. Harmless: change of the "
     "reward on harmless requests. Text loss: change in nats per token on plain text, steered at every position.\n"
 )
 
