@@ -1,8 +1,11 @@
 """Commands that are plain functions, whose options are the functions' arguments."""
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -30,8 +33,23 @@ def run(args: list[str]) -> int:
 
         quieten_lightning()
     given = list(_named(args[1:], NAMELESS.get(args[0], [])))
-    auto_cli(function, args=given, as_positional=False, parser_class=PlainParser)
+    with _unwound():
+        auto_cli(function, args=given, as_positional=False, parser_class=PlainParser)
     return 0
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, take back what is half-written, as Ctrl-C does."""
+
+    def end(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _named(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.formats.registry import FORMATS
 from corrsteer_pl.methods.run_files import RunFiles
 from tests.conftest import make_trainer
+from tests.processes import Command
 
 SMALL = {"train_size": 300, "val_size": 60, "test_size": 20}
 
@@ -67,6 +70,20 @@ def test_a_place_may_be_called_anything_that_says_what_it_is(to, run, tmp_path):
         assert list(tmp_path.iterdir()) == []
     export(run, to, tmp_path / f"my.v2{ending}")
     assert (tmp_path / f"my.v2{ending}").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_that_is_ended_leaves_nothing(how, run, tmp_path):
+    command = Command("export", run, "--to", "merged", "--out", tmp_path / "out/merged", cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.merged-*")):
+        assert command.is_running(), command.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    command.send(how)
+    assert command.wait(60) == [128 + how]
+    assert list(tmp_path.glob("out/*")) == list(tmp_path.glob("out/.*")) == []
+    assert "Traceback" not in command.stderr
 
 
 def test_what_differs_is_refused_and_removed(run, tmp_path, monkeypatch):
