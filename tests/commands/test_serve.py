@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -28,11 +28,11 @@ def running(fit, api_key=None):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
         address = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
-        try:
-            yield lambda key: openai.OpenAI(base_url=address, api_key=key, max_retries=0)
-        finally:
-            server.should_exit = True
-            thread.join()
+        # What comes last ends first: clients, whose connections would else be left to the garbage collector.
+        with ExitStack() as ends:
+            ends.callback(thread.join)
+            ends.callback(setattr, server, "should_exit", True)
+            yield lambda key: ends.enter_context(openai.OpenAI(base_url=address, api_key=key, max_retries=0))
 
 
 @pytest.fixture(scope="module")
