@@ -11,7 +11,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods import blocks as blocks_module
 from corrsteer_pl.methods.blocks import Blocks, SparseRows
 from corrsteer_pl.methods.run_files import RunFiles
-from tests.conftest import assert_same_selection, make_trainer
+from tests.conftest import make_trainer
 
 SMALL = {"train_size": 150, "val_size": 20, "test_size": 20}
 KEY = (0, "max")
@@ -149,7 +149,7 @@ def test_an_interrupted_fit_finds_the_same(small_blocks, tmp_path, control):
     again = fit({"batch_size": 10}, tmp_path / "cut", ckpt_path=checkpoint, **options)
     if control == "none":
         # A control that was stopped in the middle of a block has dealt the rewards of that half among themselves.
-        assert_same_selection(again.selection, whole.selection)
+        assert again.selection == whole.selection
     assert again.selection.samples == 150
     finished = torch.load(checkpoint, weights_only=True)
     assert not any(name.startswith("search.sums.") for name in finished["state_dict"])
