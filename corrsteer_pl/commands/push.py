@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,13 +65,12 @@ def push(run: Path, repository: str, private: bool = False, license: str | None 
 
 def card(run: Run, vectors: SteeringVectors, repository: str, license: str | None) -> str:
     """The model card of a run, whose verdict is of a test with these vectors, as strong and at the same positions."""
-    alike = [name for name, metrics in run.tests.items() if _is_alike(metrics, run.selection.scale, vectors.schedule)]
-    own = Path(run.task).name
-    test = run.test(own if own in alike else alike[0]) if alike else None
+    scale, schedule = run.selection.scale, vectors.schedule
+    alike = {name: metrics for name, metrics in run.tests.items() if _is_alike(metrics, scale, schedule)}
     base = run.model if HUB_ID.fullmatch(run.model) and not Path(run.model).exists() else None
     shown = {
         "run": run, "base": base, "model": run.model, "repository": repository, "license": license,
-        "verdict": verdict(run, test), "schedule": vectors.schedule, "sites": list(vectors.vectors),
+        "verdict": verdict(run, replace(run, tests=alike).test()), "schedule": schedule, "sites": list(vectors.vectors),
         "saes": _without_places(run.selection.saes).get("name"),
     }  # fmt: skip
     return render("model_card.md.j2", shown)
