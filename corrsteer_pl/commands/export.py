@@ -12,6 +12,7 @@ from corrsteer_pl.files import LAST, check_writable, write_json, write_whole
 from corrsteer_pl.formats.biases import alone
 from corrsteer_pl.formats.parity import Answers, Parity
 from corrsteer_pl.formats.registry import FORMATS
+from corrsteer_pl.interventions.steering import require_effect
 from corrsteer_pl.methods.answering import EVERYWHERE
 from corrsteer_pl.methods.loading import Fit, load_fit
 from corrsteer_pl.methods.provenance import versions
@@ -52,9 +53,7 @@ def _steering(fit: Fit, to: str, place: Path, prompts: list[list[int]]) -> Parit
     """Export vectors."""
     method: Any = fit.method
     vectors, format = method.steering_vectors(), FORMATS[to]
-    if not any(vector.any() for vector in vectors.values()):
-        why = "steers with a scale of 0" if vectors else "selected nothing"
-        raise UserError(f"{fit.folder} {why}, so it changes nothing, and there is nothing to export.")
+    require_effect(vectors, fit.folder, "export")
     llm = method.llm
     unchanged = Answers.of(llm.model, prompts, nullcontext())
     ours = Answers.of(llm.model, prompts, _changed(fit))

@@ -20,7 +20,7 @@ from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.files import write_json, write_utf8
 from corrsteer_pl.hub import HTTP_ERROR
-from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
+from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors, require_effect
 
 # What is raised where nothing answers.
 UNREACHED: Any = (HTTP_ERROR, OSError)
@@ -44,9 +44,7 @@ def push(run: Path, repository: str, private: bool = False, license: str | None 
     if not (run / FILE).is_file():
         raise UserError(f"{run} is a fit of {found.method}, which has no vectors. Export it with --to merged instead.")
     vectors = SteeringVectors.load(run / FILE)
-    if not any(vector.any() for vector in vectors.vectors.values()):
-        why = "steers with a scale of 0" if vectors.vectors else "selected nothing"
-        raise UserError(f"{run} {why}, so it changes nothing, and there is nothing to push.")
+    require_effect(vectors.vectors, run, "push")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_utf8(folder / "README.md", card(found, vectors, repository, license))

@@ -256,6 +256,22 @@ class SteeringVectors(ModelHubMixin, library_name="corrsteer_pl", model_card_tem
         return torch.cat([hidden[:, :-1], torch.add(hidden[:, -1:], vector, alpha=clock.weight)], dim=1)
 
 
+def require_effect(vectors: Mapping[Site, Tensor], run: Path, purpose: str) -> None:
+    """Refuse to hand on what changes nothing.
+
+    Args:
+        vectors: What a run adds.
+        run: Folder of the run.
+        purpose: What is to be done with them, such as ``export``.
+
+    Raises:
+        UserError: There is no vector, or each is zero.
+    """
+    if not any(vector.any() for vector in vectors.values()):
+        why = "steers with a scale of 0" if vectors else "selected nothing"
+        raise UserError(f"{run} {why}, so it changes nothing, and there is nothing to {purpose}.")
+
+
 def _vector(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim != 1 or not tensor.is_floating_point():
         dtype = str(tensor.dtype).removeprefix("torch.")
