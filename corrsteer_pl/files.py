@@ -4,9 +4,9 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -84,21 +84,31 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file or a folder of the same name within a temporary folder, then put it in its place.
 
+    If it fails, folders that were made for it are gone again.
+
     Raises:
         UserError: There is no room, or no right.
     """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    missing = [folder for folder in path.parents if not exists(str(folder))]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            new = Path(scratch) / path.name
-            write(new)
-            if path.is_dir():
-                rmtree(path)
-            new.replace(path)
+        # In a container, a process that was killed had the same number.
+        rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        write(scratch / path.name)
+        if path.is_dir():
+            rmtree(path)
+        (scratch / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or one_line(error)}). Name another place."
         ) from error
+    finally:
+        rmtree(scratch, ignore_errors=True)
+        # Only an empty folder can be removed so.
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
 
 
 def write_utf8(path: Path, text: str) -> None:

@@ -35,8 +35,8 @@ def test_a_disk_that_is_full_of_weights_is_one_sentence(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with pytest.raises(UserError, match=r"merged cannot be written \(Error while serializing.*\). Name another place"):
-        write_whole(tmp_path / "merged", write)
-    assert list(tmp_path.iterdir()) == []
+        write_whole(tmp_path / "new/export/merged", write)
+    assert list(tmp_path.iterdir()) == [], "folders that were made for it are gone, too"
 
 
 def test_an_interruption_leaves_nothing_half_written(tmp_path):
