@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def write_lm_eval(llm: LanguageModel, vectors: Mapping[Site, Tensor], path: Path
             "bias": None,
             "head_index": None,
         }
-    torch.save(told, path)
+    # torch's own writing to a path hides that a disk is full.
+    buffer = BytesIO()
+    torch.save(told, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 @contextmanager

@@ -82,6 +82,7 @@ FORMATS: dict[str, Format] = {
         write_easysteer,
         lambda llm, path: as_llama_cpp_adds(llm.model, path / VECTORS),
         "the package gguf, and added at every position; EasySteer itself was not run",
-        "EasySteer's server: {path}/request.json is what a request to it has as extra_body",
+        "EasySteer's server: {path}/request.json is what a request to it has as extra_body, with the path at which the "
+        "server finds vectors.gguf",
     ),
 }

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,12 @@ def test_mistral_without_a_window_is_written_as_llama(llm, tmp_path):
     FORMATS["merged"].write(tiny, vectors((1,)), tmp_path, Schedule("all"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
     assert AutoTokenizer.from_pretrained(tmp_path)("A hen")["input_ids"] == llm.tokenizer("A hen")["input_ids"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_told_as_such(llm):
+    with pytest.raises(OSError, match="No space left on device"):
+        FORMATS["lm_eval"].write(llm, vectors((1,)), Path("/dev/full"), Schedule("all"))
 
 
 def test_biases_share_the_weights_and_leave_them_alone(llm):
