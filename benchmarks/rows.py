@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks import plain
 from benchmarks.world import BATCH, World, fit, fit_pass, is_even, make_world, no_sums, timed
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.search import Search
+from corrsteer_pl.methods.accumulation.search import Search
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.sae_training.activations import ROUND, Activations
 from corrsteer_pl.models.sites import Site

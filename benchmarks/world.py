@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.data import Batch
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.search import Search
+from corrsteer_pl.methods.accumulation.search import Search
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.llm import LanguageModel

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import check_writable, write_atomically, write_between, write_whole
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.conftest import make_trainer
 
 

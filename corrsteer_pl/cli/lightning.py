@@ -32,9 +32,9 @@ from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import measures_table, metrics_table, show
 from corrsteer_pl.files import LAST, check_writable, write_atomically
-from corrsteer_pl.methods.provenance import check_method, read_checkpoint, settings_of
 from corrsteer_pl.methods.registry import method_class
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
+from corrsteer_pl.methods.runs.provenance import check_method, read_checkpoint, settings_of
 
 # Trainer options that a test's results are named after.
 LIMITS = ("limit_test_batches", "limit_predict_batches")

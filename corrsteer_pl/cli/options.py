@@ -19,7 +19,7 @@ from corrsteer_pl.errors import UserError, choices, nearest
 from corrsteer_pl.methods.registry import METHODS, method_path
 
 DATA = "corrsteer_pl.data.module:TaskDataModule"
-RESULTS = "corrsteer_pl.methods.run_files:RunFiles"
+RESULTS = "corrsteer_pl.methods.runs.files:RunFiles"
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 # Functions of the commands that are no stage of the Trainer.
 FUNCTIONS = {

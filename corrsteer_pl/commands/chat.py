@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.loading import Fit, load_fit
+from corrsteer_pl.methods.answers.streams import stream
+from corrsteer_pl.methods.runs.loading import Fit, load_fit
 from corrsteer_pl.methods.steering import Steering
-from corrsteer_pl.methods.streams import stream
 
 HELP = """/scale 0.5     steer half as strongly; /scale alone says how strongly
 /features      what steers, with numbers

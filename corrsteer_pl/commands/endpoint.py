@@ -22,7 +22,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
 from corrsteer_pl.errors import one_line
-from corrsteer_pl.methods.loading import Fit
+from corrsteer_pl.methods.runs.loading import Fit
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
 

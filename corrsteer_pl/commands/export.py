@@ -13,9 +13,9 @@ from corrsteer_pl.formats.biases import alone
 from corrsteer_pl.formats.parity import Answers, Parity
 from corrsteer_pl.formats.registry import FORMATS
 from corrsteer_pl.interventions.steering import require_effect
-from corrsteer_pl.methods.answering import EVERYWHERE
-from corrsteer_pl.methods.loading import Fit, load_fit
-from corrsteer_pl.methods.provenance import versions
+from corrsteer_pl.methods.answers.answering import EVERYWHERE
+from corrsteer_pl.methods.runs.loading import Fit, load_fit
+from corrsteer_pl.methods.runs.provenance import versions
 from corrsteer_pl.methods.steering import Steering
 
 # Prompts on which the difference is measured.

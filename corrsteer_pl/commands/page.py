@@ -14,8 +14,8 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome
 from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import percent, show
-from corrsteer_pl.methods.loading import Fit, load_fit
-from corrsteer_pl.methods.streams import stream
+from corrsteer_pl.methods.answers.streams import stream
+from corrsteer_pl.methods.runs.loading import Fit, load_fit
 from corrsteer_pl.tasks import Example, rewards_of
 
 # How far sliders go, in units of what the run steers with.

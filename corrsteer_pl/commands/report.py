@@ -11,7 +11,7 @@ from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.evaluation.versus import context_of_two
 from corrsteer_pl.files import LAST, check_writable, write_utf8
-from corrsteer_pl.methods.provenance import read_checkpoint, settings_of
+from corrsteer_pl.methods.runs.provenance import read_checkpoint, settings_of
 
 
 def report_on(runs: list[Path] | None = None, out: Path | None = None, test: str | None = None) -> None:

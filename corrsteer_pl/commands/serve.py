@@ -7,7 +7,7 @@ from pathlib import Path
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import show
-from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.runs.loading import load_fit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What the server of transformers needs.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.runs.loading import load_fit
 
 # What lm-eval's model ``hf`` takes, and a run does not settle.
 TAKEN = (

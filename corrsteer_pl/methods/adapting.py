@@ -15,7 +15,7 @@ from corrsteer_pl.evaluation.tables import whole_table
 from corrsteer_pl.files import write_folder
 from corrsteer_pl.interventions.adapter import Lora, OwnWeights
 from corrsteer_pl.interventions.switched import Switched
-from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.runs.provenance import damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.selection import Feature, Selection
 from corrsteer_pl.strategy import all_reduce_sum

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.answering import Answering, ProbeReading, Reading, answered
-from corrsteer_pl.methods.evaluation import PairedEvaluation
+from corrsteer_pl.methods.answers.answering import Answering, ProbeReading, Reading, answered
+from corrsteer_pl.methods.answers.evaluation import PairedEvaluation
+from corrsteer_pl.methods.answers.trial import Trial
 from corrsteer_pl.methods.inspection import Inspection
-from corrsteer_pl.methods.provenance import (
+from corrsteer_pl.methods.registry import method_name
+from corrsteer_pl.methods.runs.provenance import (
     KEY,
     Provenance,
     check_llm,
@@ -26,8 +28,6 @@ from corrsteer_pl.methods.provenance import (
     settings_of,
     versions,
 )
-from corrsteer_pl.methods.registry import method_name
-from corrsteer_pl.methods.trial import Trial
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel, local_name
 from corrsteer_pl.options import check_options as check_kinds

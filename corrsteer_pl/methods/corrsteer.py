@@ -12,16 +12,16 @@ from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_json
 from corrsteer_pl.interventions.steering import SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.answering import ProbeReading
+from corrsteer_pl.methods.accumulation.blocks import Block
+from corrsteer_pl.methods.accumulation.candidates import fit_probe, leading_features, random_features, rank_features
+from corrsteer_pl.methods.accumulation.search import Search
+from corrsteer_pl.methods.accumulation.sums import Accumulator
+from corrsteer_pl.methods.answers.answering import ProbeReading
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.blocks import Block
-from corrsteer_pl.methods.candidates import fit_probe, leading_features, random_features, rank_features
-from corrsteer_pl.methods.cards import Card, make_cards, observed
 from corrsteer_pl.methods.checks import check_values
 from corrsteer_pl.methods.inspection import SearchInspection
-from corrsteer_pl.methods.provenance import check_saes, damaged
-from corrsteer_pl.methods.search import Search
+from corrsteer_pl.methods.runs.cards import Card, make_cards, observed
+from corrsteer_pl.methods.runs.provenance import check_saes, damaged
 from corrsteer_pl.methods.streaming import Streaming
 from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.coordinates import coordinates

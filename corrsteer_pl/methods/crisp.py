@@ -13,11 +13,11 @@ from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.adapter import Lora
-from corrsteer_pl.methods.accumulate import MergedSums
+from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.methods.adapting import Adapting
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_adapter
-from corrsteer_pl.methods.provenance import check_saes, damaged
+from corrsteer_pl.methods.runs.provenance import check_saes, damaged
 from corrsteer_pl.models.alignment import alignments, judge_alignments
 from corrsteer_pl.models.llm import local_name, positions_of
 from corrsteer_pl.models.sae import SparseAutoencoder, saes_identity

@@ -13,7 +13,7 @@ from corrsteer_pl.data import Batch
 from corrsteer_pl.data.batches import BUCKET
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.blocks import SparseRows
+from corrsteer_pl.methods.accumulation.blocks import SparseRows
 from corrsteer_pl.models.alignment import Alignment
 from corrsteer_pl.models.decoding.branches import Run
 from corrsteer_pl.models.decoding.decode import Decoder

@@ -12,9 +12,9 @@ from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation.tables import whole_table
 from corrsteer_pl.interventions.switched import Switched
-from corrsteer_pl.methods.answering import Answering
+from corrsteer_pl.methods.answers.answering import Answering
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.runs.provenance import damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.decoding.kept import KeptPrompts

@@ -15,10 +15,10 @@ from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
 from corrsteer_pl.interventions.edited import EditedWeights, EditRecord, remove_record
 from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
-from corrsteer_pl.methods.accumulate import MergedSums
-from corrsteer_pl.methods.answering import answered
+from corrsteer_pl.methods.accumulation.sums import MergedSums
+from corrsteer_pl.methods.answers.answering import answered
+from corrsteer_pl.methods.answers.calibration import Budget, divergences, losses, prompts_of
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.calibration import Budget, divergences, losses, prompts_of
 from corrsteer_pl.methods.directions import (
     COMPLY,
     REFUSE,
@@ -29,7 +29,7 @@ from corrsteer_pl.methods.directions import (
     require_both,
 )
 from corrsteer_pl.methods.inspection import Inspection
-from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.runs.provenance import damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.llm import positions_of

@@ -10,7 +10,7 @@ from corrsteer_pl.errors import one_line
 from corrsteer_pl.evaluation.tables import selection_table
 from corrsteer_pl.files import write_json
 from corrsteer_pl.methods.base import Method
-from corrsteer_pl.methods.provenance import damaged
+from corrsteer_pl.methods.runs.provenance import damaged
 from corrsteer_pl.selection import Feature, Selection
 
 

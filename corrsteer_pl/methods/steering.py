@@ -11,9 +11,9 @@ from torch import Tensor
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
-from corrsteer_pl.methods.answering import EVERYWHERE
-from corrsteer_pl.methods.calibration import Budget, damage
-from corrsteer_pl.methods.provenance import check_directions, damaged
+from corrsteer_pl.methods.answers.answering import EVERYWHERE
+from corrsteer_pl.methods.answers.calibration import Budget, damage
+from corrsteer_pl.methods.runs.provenance import check_directions, damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Bar, Choice, Feature, Selection, Strength, choose, measured, reselect

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.interventions.steering import SteeringVectors
-from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.candidates import judge_left_out, mean_reward, require_different, rewards_differ
+from corrsteer_pl.methods.accumulation.candidates import judge_left_out, mean_reward, require_different, rewards_differ
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.hooks import PoolReader

@@ -18,9 +18,9 @@ from corrsteer_pl.evaluation.paired import paired_metrics
 from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.interventions.steering import SteeringVectors
-from corrsteer_pl.methods.answering import EVERYWHERE
-from corrsteer_pl.methods.cards import Card
+from corrsteer_pl.methods.answers.answering import EVERYWHERE
 from corrsteer_pl.methods.corrsteer import CorrSteer
+from corrsteer_pl.methods.runs.cards import Card
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.results.controls import (

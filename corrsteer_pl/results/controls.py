@@ -8,7 +8,7 @@ from torch import Tensor
 from corrsteer_pl.data import TaskDataModule
 from corrsteer_pl.data.splits import Split
 from corrsteer_pl.interventions.steering import SteeringVectors
-from corrsteer_pl.methods.candidates import random_features
+from corrsteer_pl.methods.accumulation.candidates import random_features
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Feature

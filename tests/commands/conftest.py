@@ -3,7 +3,7 @@
 import pytest
 
 from corrsteer_pl import CorrSteer, TaskDataModule
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.conftest import make_trainer
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from corrsteer_pl.commands.chat import Talk, chat
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.runs.loading import load_fit
 
 
 def typed(outcome):

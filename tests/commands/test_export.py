@@ -16,7 +16,7 @@ from corrsteer_pl.cli.program import main
 from corrsteer_pl.commands.export import export
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.formats.registry import FORMATS
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.conftest import make_trainer
 from tests.processes import Command
 

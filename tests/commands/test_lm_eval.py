@@ -9,7 +9,7 @@ from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.steered_run import SteeredRun
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import SteeringVectors
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.architectures import hf_log_likelihood
 from tests.conftest import make_trainer
 from tests.processes import forked

@@ -10,7 +10,7 @@ import pytest
 
 from corrsteer_pl.commands.serve import listening, serve
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.loading import load_fit
+from corrsteer_pl.methods.runs.loading import load_fit
 from tests.processes import Command
 
 openai = pytest.importorskip("openai")

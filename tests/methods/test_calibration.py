@@ -7,7 +7,7 @@ from scipy.stats import entropy
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.calibration import Budget, divergences
+from corrsteer_pl.methods.answers.calibration import Budget, divergences
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.selection import Strength
 from tests.architectures import batch_of, vectors

@@ -7,8 +7,8 @@ import torch
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.accumulate import Accumulator
-from corrsteer_pl.methods.candidates import judge_left_out, rank_features
+from corrsteer_pl.methods.accumulation.candidates import judge_left_out, rank_features
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.models.sites import Site
 from tests.conftest import make_trainer
 

@@ -7,9 +7,9 @@ from scipy import stats
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.methods import strongest as strongest_module
-from corrsteer_pl.methods.cards import fisher_interval
-from corrsteer_pl.methods.strongest import KEPT, Strongest
+from corrsteer_pl.methods.accumulation import strongest as strongest_module
+from corrsteer_pl.methods.accumulation.strongest import KEPT, Strongest
+from corrsteer_pl.methods.runs.cards import fisher_interval
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.lens import logit_lens
 from tests.architectures import batch_of

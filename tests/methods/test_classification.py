@@ -11,7 +11,7 @@ from corrsteer_pl import CorrSteer, TaskDataModule, demo
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
-from corrsteer_pl.methods.answering import ProbeReading
+from corrsteer_pl.methods.answers.answering import ProbeReading
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.hooks import PoolReader
 from corrsteer_pl.models.sae_loading import load_saes

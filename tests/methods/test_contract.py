@@ -9,7 +9,7 @@ from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.commands.doctor import examine
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.methods.registry import METHODS, method_class, method_name
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.conftest import make_trainer, run_here
 from tests.methods.toy import Bias
 from tests.processes import forked

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.models.sae_loading import load_saes
 from corrsteer_pl.models.sites import Site
 from tests.conftest import make_sae, make_trainer, random_saes

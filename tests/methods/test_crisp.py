@@ -14,7 +14,7 @@ from corrsteer_pl.errors import NothingToLearn, UserError
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.crisp import Crisp
 from corrsteer_pl.methods.finetune import Finetune
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.models.llm import positions_of
 from corrsteer_pl.models.sae_loading import load_saes
 from tests.conftest import make_trainer, random_saes

@@ -4,7 +4,7 @@ import torch
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.data import Batch
-from corrsteer_pl.methods.noise import NoiseFloor, _halves
+from corrsteer_pl.methods.answers.noise import NoiseFloor, _halves
 from corrsteer_pl.tasks import Example
 from tests.conftest import make_trainer
 

@@ -14,7 +14,7 @@ import torch
 
 from corrsteer_pl import demo
 from corrsteer_pl.files import read_rows, write_jsonl
-from corrsteer_pl.methods.provenance import read_checkpoint
+from corrsteer_pl.methods.runs.provenance import read_checkpoint
 from tests.conftest import cli, run_here
 from tests.processes import FORKS, Command, forked
 

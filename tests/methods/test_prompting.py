@@ -4,9 +4,9 @@ import pytest
 
 from corrsteer_pl import TaskDataModule
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.loading import load_fit
 from corrsteer_pl.methods.prompting import Prompting
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
+from corrsteer_pl.methods.runs.loading import load_fit
 from tests.conftest import make_trainer, run_here
 
 SMALL = {"train_size": 24, "val_size": 8, "test_size": 30}

@@ -9,7 +9,7 @@ import torch
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.cli.program import main
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.provenance import FORMAT, KEY, Provenance, read_checkpoint
+from corrsteer_pl.methods.runs.provenance import FORMAT, KEY, Provenance, read_checkpoint
 from tests.conftest import make_trainer
 
 DATA = {"train_size": 96, "val_size": 24, "test_size": 24}

@@ -15,7 +15,7 @@ from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.directions import common_ending
 from corrsteer_pl.methods.rosi import Rosi
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.models.writers import writers
 from corrsteer_pl.stats import ClassMeans
 from tests.conftest import make_trainer

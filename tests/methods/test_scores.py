@@ -9,9 +9,9 @@ from corrsteer_pl import CorrSteer, Example, Task, TaskDataModule
 from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_jsonl
-from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.methods.mean_difference import MeanDifference
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.stats import Histogram
 from corrsteer_pl.stats.scores import mutual_information
@@ -126,7 +126,8 @@ def test_processes_merge_their_histograms(monkeypatch):
     buffers = [[buffer.clone() for sums in share.fresh.values() for buffer in sums.buffers()] for share in shares]
     places = iter(range(100))
     monkeypatch.setattr(
-        "corrsteer_pl.methods.accumulate.all_reduce_sum", lambda buffer: buffer.add_(buffers[1][next(places)])
+        "corrsteer_pl.methods.accumulation.sums.all_reduce_sum",
+        lambda buffer: buffer.add_(buffers[1][next(places)]),
     )
     shares[0].merge()
     whole = Histogram(9)

@@ -8,9 +8,9 @@ from scipy import stats
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.data.batches import Batch
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods import blocks as blocks_module
-from corrsteer_pl.methods.blocks import Blocks, SparseRows
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.accumulation import blocks as blocks_module
+from corrsteer_pl.methods.accumulation.blocks import Blocks, SparseRows
+from corrsteer_pl.methods.runs.files import RunFiles
 from tests.conftest import make_trainer
 
 SMALL = {"train_size": 150, "val_size": 20, "test_size": 20}

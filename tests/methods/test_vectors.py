@@ -13,7 +13,7 @@ from corrsteer_pl.commands.report import report_on
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.methods.corrsteer import CorrSteer
-from corrsteer_pl.methods.run_files import RunFiles
+from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.methods.vectors import Vectors
 from tests.conftest import make_trainer, run_here
 

@@ -8,9 +8,9 @@ import torch
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import read_rows, write_jsonl
-from corrsteer_pl.methods.cards import observed
 from corrsteer_pl.methods.finetune import Finetune
 from corrsteer_pl.methods.prompting import Prompting
+from corrsteer_pl.methods.runs.cards import observed
 from corrsteer_pl.tasks import make_task
 from tests.conftest import SHARED, make_trainer
 

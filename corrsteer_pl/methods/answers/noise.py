@@ -8,7 +8,7 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.evaluation.paired import paired_metrics
-from corrsteer_pl.methods.answering import Answering
+from corrsteer_pl.methods.answers.answering import Answering
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.strategy import gather_lists
 

@@ -15,8 +15,8 @@ from corrsteer_pl.files import LAST
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Method
 from corrsteer_pl.methods.prompting import Prompting
-from corrsteer_pl.methods.provenance import read_checkpoint, settings_of
 from corrsteer_pl.methods.registry import method_class
+from corrsteer_pl.methods.runs.provenance import read_checkpoint, settings_of
 from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel

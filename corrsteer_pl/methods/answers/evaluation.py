@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome, compare_outcomes
-from corrsteer_pl.methods.answering import Answering
-from corrsteer_pl.methods.noise import NoiseFloor
+from corrsteer_pl.methods.answers.answering import Answering
+from corrsteer_pl.methods.answers.noise import NoiseFloor
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.strategy import gather_lists
 from corrsteer_pl.tasks import Task

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.methods.answering import Answering
+from corrsteer_pl.methods.answers.answering import Answering
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.decoding.kept import KeptPrompts
 

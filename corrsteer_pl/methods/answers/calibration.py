@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.methods.answering import Answering, answered
+from corrsteer_pl.methods.answers.answering import Answering, answered
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.options import check_options, import_paths
 from corrsteer_pl.selection import Strength

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.errors import NothingToLearn, UserError
-from corrsteer_pl.methods.accumulate import Accumulator
+from corrsteer_pl.methods.accumulation.sums import Accumulator
 from corrsteer_pl.models.sae import Encoder
 from corrsteer_pl.selection import Feature, describe, rank
 from corrsteer_pl.stats import COEFFICIENTS, Moments, Probe, pearson

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.methods.accumulate import MergedSums
-from corrsteer_pl.methods.blocks import Block, Blocks, Key
-from corrsteer_pl.methods.strongest import Strongest
+from corrsteer_pl.methods.accumulation.blocks import Block, Blocks, Key
+from corrsteer_pl.methods.accumulation.strongest import Strongest
+from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.selection import Feature, rank
 from corrsteer_pl.stats import PARTS, SearchSums, halves, null_maxima, search_p_value
 from corrsteer_pl.strategy import all_reduce_sum, this_process

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import LAST, check_writable, write_atomically, write_json, write_jsonl
-from corrsteer_pl.methods.provenance import Provenance, read_checkpoint
+from corrsteer_pl.methods.runs.provenance import Provenance, read_checkpoint
 
 
 class RunFiles(Checkpoint):
