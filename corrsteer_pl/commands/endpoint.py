@@ -5,13 +5,18 @@ Needs the extra ``serving``.
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from copy import copy
 from math import inf
 from threading import Lock
 from typing import Any
 
+import torch
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import BatchEncoding
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -25,9 +30,15 @@ from corrsteer_pl.errors import one_line
 from corrsteer_pl.methods.runs.loading import Fit
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
+from corrsteer_pl.models.llm_loading import NEUTRAL
 
 # What the server of transformers raises at a request that it does not expect.
 MISTAKES = (TypeError, ValueError, LookupError, AttributeError, TemplateError)
+
+# What can be asked of it: that server has more, such as transcriptions.
+ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/health")
+# Below this, logits are divided by next to nothing.
+COLDEST = 1e-3
 
 
 def names(name: str) -> tuple[str, str]:
@@ -54,10 +65,17 @@ def application(fit: Fit, name: str, api_key: str | None = None) -> FastAPI:
         state,
     )
 
-    @app.exception_handler(HTTPException)
-    async def tell(_request: Request, error: HTTPException) -> Response:
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+
+    @app.exception_handler(StarletteHTTPException)
+    async def tell(_request: Request, error: StarletteHTTPException) -> Response:
         """An error as the OpenAI interface has it."""
         return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_of_body(_request: Request, _error: RequestValidationError) -> Response:
+        """The same of what is no request at all."""
+        return JSONResponse({"error": {"message": "the body is no JSON object"}}, status_code=400)
 
     @app.middleware("http")
     async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -95,6 +113,8 @@ class Variant:
         # The last token is not read.
         settings.max_new_tokens = min(settings.max_new_tokens, most + 1 - length)
         with self._lock, self._variant.attached(self._llm.model):
+            if settings.seed is not None:
+                torch.manual_seed(settings.seed)
             return self._llm.model.generate(*args, **kwargs)
 
 
@@ -106,6 +126,8 @@ class Models(ModelManager):
         lock, self.llm = Lock(), fit.method.llm
         variants = [Variant(self.llm, variant, lock) for variant in fit.compared().groups(1)]
         self.variants = dict(zip(names(name), variants, strict=True))
+        self.tokenizer: Any = copy(self.llm.tokenizer)
+        self.tokenizer.apply_chat_template = self.chat
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
@@ -115,7 +137,13 @@ class Models(ModelManager):
     def load_model_and_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> tuple[Any, Any]:
         """The model of a name, and the tokenizer."""
         refuse({"model": model_id_and_revision}, self.variants)
-        return self.variants[model_id_and_revision], self.llm.tokenizer
+        return self.variants[model_id_and_revision], self.tokenizer
+
+    def chat(self, messages: Any, *, return_tensors: str, return_dict: bool, tokenize: bool, **options: Any) -> Any:
+        """Tokens of a conversation, as a fit reads it."""
+        text = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        ids = self.llm.chat_ids(text)
+        return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type=return_tensors)
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Any:  # type: ignore[override]
         """Text."""
@@ -152,9 +180,12 @@ class Checked(BaseHandler):
             raise HTTPException(400, f"the request cannot be answered ({one_line(error)})") from error
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> Any:
-        settings = super()._build_generation_config(body, *args, **kwargs)
-        if body.get("temperature"):
-            settings.do_sample = True
+        # The seed counts when the generation begins, which waits for others.
+        settings: Any = super()._build_generation_config({**body, "seed": None}, *args, **kwargs)
+        settings.seed = body.get("seed")
+        if body.get("generation_config") is None:
+            # As in a test, whatever the model's own configuration says.
+            settings.update(**NEUTRAL, do_sample=bool(body.get("temperature")))
         settings.stop_strings = settings.stop_strings or None
         return settings
 
@@ -203,6 +234,11 @@ def refuse(request: Mapping[str, Any], models: Mapping[str, Any]) -> None:
     heat = request.get("temperature")
     if heat is not None and not (type(heat) in (int, float) and 0 <= heat < inf):
         raise HTTPException(400, f"temperature is {heat!r}; it is a number, at least 0")
+    if heat is not None and 0 < heat < COLDEST:
+        raise HTTPException(400, f"temperature is {heat!r}; it is 0, for the likeliest token, or at least {COLDEST}")
+    seed = request.get("seed")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        raise HTTPException(400, f"seed is {seed!r}; it is a whole number from 0 to 2**63 - 1")
     share = request.get("top_p")
     if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
         raise HTTPException(400, f"top_p is {share!r}; it is a number above 0, at most 1")

@@ -30,6 +30,8 @@ def serve(
         raise UserError(f"serving needs {missing[0]}, of the extra 'serving': pip install 'corrsteer_pl[serving]'.")
     if host not in LOOPBACK and not api_key:
         raise UserError(f"--host {host} is reached by other machines, so give a key that they have to know: --api_key.")
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise UserError("--api_key has a character that no client can send. Take letters, digits and signs of ASCII.")
     with listening(host, port) as places:
         import uvicorn
 

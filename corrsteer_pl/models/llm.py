@@ -201,6 +201,10 @@ class LanguageModel:
                 f"{'after a system message ' if system is not None else ''}"
                 f"({type(error).__name__}: {one_line(error)}). Correct it, or set data.chat_template to false."
             ) from error
+        return self.chat_ids(text)
+
+    def chat_ids(self, text: str) -> list[int]:
+        """Tokens of what a chat template has written; BOS once, if any."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # Most templates write BOS themselves; the tokenizer would add a second one.
         bos = [self.tokenizer.bos_token_id]

@@ -89,7 +89,8 @@ def test_other_models_and_chats_without_a_template_are_refused(client):
         ({"top_p": 5}, "top_p is 5; it is a number above 0, at most 1"),
         ({"stop": 5}, "stop is 5; it is a text, or a list of texts, none of them empty"),
         ({"stop": ["a", ""]}, "none of them empty"),
-        ({"seed": "x"}, "the request cannot be answered"),
+        ({"temperature": 1e-300}, "it is 0, for the likeliest token, or at least 0.001"),
+        ({"seed": "x"}, "seed is 'x'; it is a whole number"),
         ({"frequency_penalty": "x"}, "the request cannot be answered"),
         ({"n": 2}, "n is 2, but a request has one answer"),
         ({"logprobs": 1}, "logprobs cannot be had here"),
@@ -109,6 +110,25 @@ def test_a_temperature_samples_and_none_is_greedy(client):
     assert len({client.completions.create(**asked).choices[0].text for _ in range(2)}) == 1
 
 
+def test_a_seed_counts_whatever_else_is_asked_at_the_same_time(client):
+    def drawn(_):
+        asked = {"prompt": "A hen", "max_tokens": 8, "temperature": 5, "seed": 3}
+        return client.completions.create(model="village-steered", **asked).choices[0].text
+
+    alone = drawn(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(drawn, range(16))) == {alone}
+
+
+def test_a_models_own_sampling_and_penalties_are_left_out(client, fitted, monkeypatch):
+    settings, outcome = fitted[0].method.llm.model.generation_config, fitted[1].outcomes[0]
+    monkeypatch.setattr(settings, "do_sample", True)
+    monkeypatch.setattr(settings, "temperature", 5.0)
+    monkeypatch.setattr(settings, "repetition_penalty", 9.0)
+    found = client.completions.create(model="village", prompt=outcome.prompt, max_tokens=8)
+    assert found.choices[0].text == outcome.answer_baseline
+
+
 def test_an_answer_ends_where_the_models_context_does(client, fitted):
     llm = fitted[0].method.llm
     prompt = "hen " * (llm.context - 8)
@@ -116,6 +136,19 @@ def test_an_answer_ends_where_the_models_context_does(client, fitted):
     assert length < llm.context
     found = client.completions.create(model="village", prompt=prompt, max_tokens=200, temperature=0)
     assert found.usage.completion_tokens <= llm.context + 1 - length
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "sentence"),
+    [("load_model", 404, "Not Found"), ("v1/audio/transcriptions", 404, "Not Found"), ("v1/completions", 400, "JSON")],
+)
+def test_what_is_no_request_is_told_as_all_else(client, path, status, sentence):
+    import httpx
+
+    with httpx.Client() as plain:
+        found = plain.post(str(client.base_url).replace("v1/", path), content="[")
+    assert found.status_code == status
+    assert sentence in found.json()["error"]["message"]
 
 
 def test_models_of_no_name_are_refused(client):
@@ -135,17 +168,19 @@ def test_the_server_ends_on_an_interrupt_without_a_word(fitted, tmp_path):
     assert "Traceback" not in command.stderr
 
 
-def test_with_a_chat_template_conversations_are_answered(fitted):
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_with_a_chat_template_conversations_are_answered_as_in_a_test(bos, fitted):
     fit, module = fitted
     tokenizer = fit.method.llm.tokenizer
     outcome = next(o for o in module.outcomes if o.answer_baseline != o.answer_steered)
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = f"{bos}{{% for m in messages %}}{{{{ m['content'] }}}}{{% endfor %}}"
     try:
         with running(fit) as make:
             messages = [{"role": "user", "content": outcome.prompt}]
             for model, answer in (("village", outcome.answer_baseline), ("village-steered", outcome.answer_steered)):
                 found = make("any").chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
                 assert found.choices[0].message.content.strip() == answer.strip()
+                assert found.usage.prompt_tokens == len(fit.method.llm.prompt_ids([outcome.prompt], chat=True))
             with pytest.raises(openai.BadRequestError, match="there are no messages"):
                 make("any").chat.completions.create(model="village", messages=[])
     finally:
@@ -166,6 +201,8 @@ def test_what_cannot_be_listened_on_is_one_sentence(tmp_path):
             serve(tmp_path, port)
     with pytest.raises(UserError, match=r"--host 0.0.0.0 is reached by other machines, so give a key"):
         serve(tmp_path, host="0.0.0.0")
+    with pytest.raises(UserError, match="--api_key has a character that no client can send"):
+        serve(tmp_path, api_key="clé")
     with pytest.raises(UserError, match="--port is 99999; it is a number from 0"):
         serve(tmp_path, 99999)
     with pytest.raises(UserError, match="is no run"):
