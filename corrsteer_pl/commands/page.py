@@ -12,7 +12,6 @@ from corrsteer_pl.commands.chat import NAMES
 from corrsteer_pl.commands.serve import listening
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.paired import Outcome
-from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.evaluation.tables import percent, show
 from corrsteer_pl.methods.answers.streams import stream
 from corrsteer_pl.methods.runs.loading import Fit, load_fit
@@ -36,7 +35,8 @@ def page(run: Path, port: int = 7860, max_new_tokens: int = 128) -> None:
         raise UserError("the page needs gradio, of the extra 'web': pip install 'corrsteer_pl[web]'.")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it is a number of tokens, at least 1.")
-    listening("127.0.0.1", port).close()
+    with listening("127.0.0.1", port) as place:
+        port = place.getsockname()[1]
     blocks = build(Trial(load_fit(run), max_new_tokens))
     show(f"http://127.0.0.1:{port}; Ctrl-C ends it.")
     launch(blocks, port)
@@ -56,10 +56,9 @@ class Trial:
 
     @cached_property
     def changed(self) -> dict[str, Outcome]:
-        """Questions of the test whose answers differ, by their prompts."""
-        found = Run.read(self.fit.folder).test() if (self.fit.folder / "selection.json").is_file() else None
-        outcomes = found.outcomes if found else []
-        return {o.prompt: o for o in outcomes if o.answer_baseline != o.answer_steered}
+        """Questions of a test whose answers differ, by their prompts, where the test asked as the page does."""
+        test = self.fit.asked_alike()
+        return {o.prompt: o for o in (test.outcomes if test else []) if o.answer_baseline != o.answer_steered}
 
     def ask(self, text: str, strength: float, *each: float) -> Iterator[tuple[str, str, str]]:
         """Both answers as they are written, and in the end their rewards, where the task can say.

@@ -1,6 +1,7 @@
 """The page of a run: asked by Gradio's client, and in a real browser without any network."""
 
 import gc
+import json
 import shutil
 import signal
 import time
@@ -11,9 +12,10 @@ from itertools import pairwise
 
 import pytest
 
-from corrsteer_pl.commands.page import page
+from corrsteer_pl.commands.page import Trial, page
 from corrsteer_pl.commands.serve import listening
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.methods.runs.loading import load_fit
 from tests.processes import Command
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -94,6 +96,32 @@ def test_sliders_count(client, shown):
     assert client.predict(typed, 1, *[1] * count, api_name="/ask")[:2] == (
         outcome.answer_baseline, outcome.answer_steered,
     )  # fmt: skip
+
+
+def test_questions_are_of_a_test_that_asked_as_the_page_does(refusing, tmp_path):
+    folder, module = tmp_path / "demo", refusing[1]
+    shutil.copytree(refusing[0], folder)
+    differing = {o.prompt for o in module.outcomes if o.answer_baseline != o.answer_steered}
+    fit, metrics = load_fit(folder), folder / "test/demo_refusal/metrics.json"
+    assert Trial(fit, 8).changed.keys() == differing
+    told = json.loads(metrics.read_text(encoding="utf-8"))
+    for other in ({"shots": 3}, {"restrict": True}, {"task": "demo_qa"}, {"scale": 2.0}, {"positions": "all"}):
+        metrics.write_text(json.dumps({**told, **other}), encoding="utf-8")
+        assert Trial(fit, 8).changed == {}, other
+
+
+def test_any_free_port_will_do(refusing, tmp_path):
+    command = Command("page", refusing[0], "--port", 0, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ctrl-C ends it" not in command.stdout:
+            assert command.is_running(), command.stderr[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        wait_for(command.stdout.partition(";")[0].strip(), command)
+    finally:
+        command.send(signal.SIGTERM)
+        command.wait()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.evaluation.run import Run
+from corrsteer_pl.evaluation.run import Run, Test
 from corrsteer_pl.files import LAST
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Method
@@ -96,6 +96,26 @@ class Fit:
         scaled = [replace(feature, coefficient=feature.coefficient * factor) for feature, factor in pairs]
         vectors = method.vectors_of(scaled, strength * method.chosen_scale)
         return SteeringVectors.stack([{}, vectors], method.schedule)
+
+    def asked_alike(self) -> Test | None:
+        """A test that asked and changed the model as one does who tries the run; None if there is none.
+
+        That is a test of the run's own task, at its own strength and positions, without solved examples before a
+        question, in which an answer could be any text.
+        """
+        if not (self.folder / "selection.json").is_file():
+            return None
+        found, method = Run.read(self.folder), self.method
+        here = {
+            **method.options((*method.settings.settled, *method.settings.tested)),
+            **{name: self.data.get(name) for name in ("task", "task_args", "system_prompt")},
+            **{"chat_template": self.uses_chat, "shots": 0, "restrict": False, "reverse": False},
+        }
+        tests = {
+            name: metrics for name, metrics in found.tests.items()
+            if all(metrics.get(option, value) == value for option, value in here.items())
+        }  # fmt: skip
+        return replace(found, tests=tests).test()
 
     def questions(self, count: int) -> list[str]:
         """Prompts of its test; a few sentences if there was none."""
