@@ -10,9 +10,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError, choices
+from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.runs.loading import load_fit
+from corrsteer_pl.models.llm import LanguageModel
 
 # What lm-eval's model ``hf`` takes, and a run does not settle.
 TAKEN = (
@@ -42,7 +43,7 @@ class SteeredRun(HFLM):
         if not isinstance(steered, bool):
             raise UserError(f"--model_args has steered={steered}; it is True or False.")
         fit = load_fit(Path(run))
-        others.pop("device", None)  # Lightning's choice: the GPU if there is one.
+        _move(fit.method.llm, others.pop("device", None))
         super().__init__(pretrained=fit.method.llm.model, tokenizer=fit.method.llm.tokenizer, **others)
         self._variant = list(fit.compared().groups(1))[steered]
         self._starts: dict[tuple[int, ...], int] = {}
@@ -75,6 +76,16 @@ class SteeredRun(HFLM):
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with self._variant.attached(self.model):
             return super()._model_generate(context, *args, **kwargs)
+
+
+def _move(llm: LanguageModel, device: Any) -> None:
+    """Put a model onto a device. Without a GPU it stays where it is, as lm-eval asks for one if nobody else does."""
+    if device is None or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+        return
+    try:
+        llm.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device is {device}, which cannot be used here ({one_line(error)}).") from error
 
 
 def _key(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -76,6 +76,8 @@ def test_what_a_run_does_not_take_is_told(runs):
             model_of(folder, **{name: value})
     with pytest.raises(UserError, match="steered=maybe; it is True or False"):
         model_of(folder, steered="maybe")
+    with pytest.raises(UserError, match="--device is abacus, which cannot be used here"):
+        model_of(folder, device="abacus")
     with pytest.raises(UserError, match="the model corrsteer needs a run"):
         SteeredRun()
 
