@@ -212,6 +212,13 @@ class Steering(Selecting):
                 "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
                 f"chosen none for these features (rule {h['rule']}). Give one number, or fit again."
             )
+        left_out = [feature.name for feature in fitted.features if feature not in selection.features]
+        if left_out and h["rule"] == fitted.rule:
+            warnings.warn(
+                f"{len(left_out)} of the {len(fitted.features)} features that the fit selected steer nothing here "
+                f"({', '.join(left_out)}), by model.layers or model.sign. Leave these out to steer as the fit did.",
+                stacklevel=2,
+            )
         return selection
 
     # ---------------------------------------------------------------- what users see
