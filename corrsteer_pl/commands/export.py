@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.evaluation.tables import show
-from corrsteer_pl.files import LAST, check_writable, write_json, write_whole
+from corrsteer_pl.files import check_writable, write_json, write_whole
 from corrsteer_pl.formats.biases import alone
 from corrsteer_pl.formats.parity import Answers, Parity
 from corrsteer_pl.formats.registry import FORMATS
@@ -105,10 +106,14 @@ def _changed(fit: Fit) -> Iterator[None]:
 
 
 def _remarks(fit: Fit, to: str, place: Path) -> Iterator[str]:
-    yield f"Use it with {FORMATS[to].remark.format(path=place)}."
-    positions = fit.method.schedule.positions if isinstance(fit.method, Steering) else "all"
-    if to != "easysteer" and positions != "all":
+    yield f"Use it with {FORMATS[to].remark.format(path=place, quoted=quote(str(place)))}"
+    schedule = fit.method.schedule if isinstance(fit.method, Steering) else EVERYWHERE
+    fades = schedule.decay != EVERYWHERE.decay
+    if to != "easysteer" and (fades or schedule.positions != EVERYWHERE.positions):
+        strength, option = (f", with a decay of {schedule.decay}", " --model.decay 1") if fades else ("", "")
         yield (
-            f"The run steers at positions: {positions}; this format steers every position. What that changes: "
-            f"python -m corrsteer_pl test --ckpt_path {fit.folder / LAST} --model.positions all"
+            f"The run steers at positions: {schedule.positions}{strength}; this format steers every position alike. "
+            "What that changes:"
         )
+        test = f"python -m corrsteer_pl test --ckpt_path {quote(str(fit.checkpoint))}"
+        yield f"{test} --model.positions {EVERYWHERE.positions}{option}"

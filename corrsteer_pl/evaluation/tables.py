@@ -157,4 +157,6 @@ def show(*items: Table | Text | str) -> None:
     width = None if Console().is_terminal else 120
     for item in items:
         # No markup: names given by users may contain brackets.
-        Console(width=width, markup=False, emoji=False, highlight=False).print(item)
+        console = Console(width=width, markup=False, emoji=False, highlight=False)
+        # A command that stands in a sentence has to stay in one line.
+        console.print(item, soft_wrap=isinstance(item, str))

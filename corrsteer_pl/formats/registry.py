@@ -26,7 +26,7 @@ class Format:
         write: Writes vectors at a place.
         opened: The model as it is with what was written at a place.
         read_by: What reads it there.
-        remark: What a user should know.
+        remark: What a user should know, with its ``{path}``, which stands ``{quoted}`` in commands.
     """
 
     artefact: str
@@ -54,7 +54,7 @@ FORMATS: dict[str, Format] = {
         _everywhere(write_control_vector),
         lambda llm, path: as_llama_cpp_adds(llm.model, path),
         "the package gguf, and added as llama.cpp does",
-        "llama-server -m MODEL.gguf --control-vector {path}",
+        "llama-server -m MODEL.gguf --control-vector {quoted}",
     ),
     "peft": Format(
         "peft",
@@ -68,14 +68,14 @@ FORMATS: dict[str, Format] = {
         _everywhere(write_merged),
         alone,
         "AutoModelForCausalLM.from_pretrained",
-        "AutoModelForCausalLM.from_pretrained('{path}'), or vllm serve {path}",
+        "AutoModelForCausalLM.from_pretrained('{path}'), or vllm serve {quoted}",
     ),
     "lm_eval": Format(
         "{run}.lm_eval.pt",
         _everywhere(write_lm_eval),
         as_lm_eval_steers,
         "lm-eval's steered model",
-        "lm_eval --model steered --model_args pretrained=MODEL,steer_path={path}",
+        "lm_eval --model steered --model_args pretrained=MODEL,steer_path={quoted}",
     ),
     "easysteer": Format(
         "easysteer",

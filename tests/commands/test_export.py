@@ -1,6 +1,7 @@
 """The command that hands a run on: what it measures, and what it refuses without leaving anything behind."""
 
 import json
+import shlex
 import shutil
 import signal
 import time
@@ -52,6 +53,21 @@ def test_what_was_measured_stands_beside_what_was_written(run, capsys):
     measured = json.loads((run / "export/demo.gguf.parity.json").read_text(encoding="utf-8"))
     assert measured["difference"] < 1e-4 < measured["effect"]
     assert (measured["format"], measured["same_text"], measured["prompts"]) == ("gguf", 3, 3)
+
+
+def test_what_a_format_makes_of_a_decay_is_told_with_a_command_that_works(tmp_path, capsys):
+    folder = tmp_path / "mine & yours"
+    fitted(folder, decay=0.5)
+    (folder / "last.ckpt").rename(folder / "best.ckpt")
+    export(folder / "best.ckpt", "gguf")
+    *_, sentence, command = capsys.readouterr().out.splitlines()
+    assert "steers at positions: generated, with a decay of 0.5; this format steers every position alike" in sentence
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "corrsteer_pl"]
+    assert main(words[3:]) == 0
+    (told,) = folder.glob("test/*/metrics.json")
+    metrics = json.loads(told.read_text(encoding="utf-8"))
+    assert (metrics["positions"], metrics["decay"]) == ("all", 1)
 
 
 def test_a_place_that_is_taken_is_left_alone(run, tmp_path):

@@ -35,14 +35,19 @@ class Fit:
     """A finished fit.
 
     Attributes:
-        folder: That of its run.
+        checkpoint: Where it lies, in the folder of its run.
         method: What was fitted, with its language model loaded.
         data: Options of its data.
     """
 
-    folder: Path
+    checkpoint: Path
     method: Method
     data: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """That of its run."""
+        return self.checkpoint.parent
 
     @property
     def name(self) -> str:
@@ -153,4 +158,4 @@ def load_fit(run: Path) -> Fit:
     if not method.llm.placed and torch.cuda.is_available():
         method.llm.model.to("cuda")
     method.check_parts(record)
-    return Fit(path.parent, method, settings["data"])
+    return Fit(path, method, settings["data"])
