@@ -52,6 +52,8 @@ def test_what_was_pushed_loads_again_and_says_what_was_measured(run, writable, c
         "first_k (3), with decay 0.5",
         'SteeringVectors.from_pretrained("me/happy")',
         "permutations of the rewards",
+        "They steer with 1.5 times these coefficients.",
+        "fitted on 300 samples",
     ):
         assert said in card
     everything = b"".join(path.read_bytes() for path in there.rglob("*") if path.is_file())
