@@ -89,7 +89,7 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"logits differ by at most {self.difference:.1e} from the run's own at every position (where steering changes them by "
-            f"up to {self.effect:.3g}), and the greedy text is the same for {self.same_text} of {self.prompts} prompts; read "
-            f"by {self.measured_by}"
+            f"logits differ by at most {self.difference:.1e} from those of the run at every position (which it changes "
+            f"by up to {self.effect:.3g}), and the greedy text is the same for {self.same_text} of {self.prompts} "
+            f"prompts; read by {self.measured_by}"
         )

@@ -114,7 +114,7 @@ class Steering(Selecting):
                 candidates=tuple(candidates),
                 ranking=(),
                 baseline_reward=baseline,
-                samples=self.counted,
+                samples=self.learnt_from,
                 reward=0.0,
                 null_max_correlation=None,
                 llm=self.llm.identity,
@@ -206,14 +206,18 @@ class Steering(Selecting):
 
     def _reselected(self, fitted: Selection) -> Selection:
         h = self.hparams
-        selection = reselect(fitted, h["rule"], h.get("sign", "both"), h.get("layers"), self.bar)
+        sign, layers = h.get("sign", "both"), h.get("layers")
+        selection = reselect(fitted, h["rule"], sign, layers, self.bar)
         if isinstance(h["scale"], list) and selection.features and not selection.strengths:
             raise UserError(
                 "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
                 f"chosen none for these features (rule {h['rule']}). Give one number, or fit again."
             )
-        left_out = [feature.name for feature in fitted.features if feature not in selection.features]
-        if left_out and h["rule"] == fitted.rule:
+        left_out = [
+            f.name for f in fitted.features
+            if sign not in ("both", f.sign) or (layers is not None and f.layer not in layers)
+        ]  # fmt: skip
+        if left_out:
             warnings.warn(
                 f"{len(left_out)} of the {len(fitted.features)} features that the fit selected steer nothing here "
                 f"({', '.join(left_out)}), by model.layers or model.sign. Leave these out to steer as the fit did.",

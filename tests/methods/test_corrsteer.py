@@ -263,7 +263,8 @@ def test_rule_and_sign_may_change_when_testing(tmp_path, fitted):
     left_out = [f for f in module.selection.features if f.layer != 2]
     with pytest.warns(UserWarning, match=f"{len(left_out)} of the .* steer nothing here .*{left_out[0].name}"):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", layers=[2])
-    positive = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", rule="all", layers=[1]).selection
+    with pytest.warns(UserWarning, match="steer nothing here"):
+        positive = CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", rule="all", layers=[1]).selection
     assert [(f.layer, f.sign) for f in positive.features] == [(1, "positive")]
     with pytest.raises(UserError, match=r"layer 9 was not read by the fit, which has 0, 1, 2, 3"):
         CorrSteer.load_from_checkpoint(tmp_path / "x.ckpt", layers=[9])
