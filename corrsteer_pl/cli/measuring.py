@@ -121,7 +121,7 @@ def measure(plan: Plan, out: Path, code: str, machine: str) -> Cell:
         others = {name: _written(folder / f"{name}.json", _on(plan, path)) for name, path in names.items()}
         elsewhere = {name: _silently([*test, path, *always], name).metrics for name, path in others.items()}
         cell = Cell(
-            **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.counted,
+            **known, metrics=tested.metrics, elsewhere=elsewhere, size=tested.size, examples=fit.learnt_from,
             seconds=seconds, cost=extra_cost(tested),
         )  # fmt: skip
     cell.write(folder)

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -41,6 +42,8 @@ STEPS = {
     "test": ("limit_test_batches",),
     "predict": ("limit_predict_batches",),
 }
+# Options that may name a folder or a file of this machine.
+PLACES = {"llm", "saes", "vectors"}
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,25 @@ class Method(PairedEvaluation):
         self.counted = self._validated = 0  # samples of the fit: so far, and at the last validation
         self._record: Provenance | None = None
 
+    def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **kwargs: Any) -> None:
+        """Keep the options, names of folders made absolute, so that a checkpoint finds them from anywhere."""
+        here = inspect.currentframe()
+        super().save_hyperparameters(*args, frame=frame or (here and here.f_back), **kwargs)
+        for name in PLACES & self.hparams.keys():
+            if isinstance(self.hparams[name], str):
+                self.hparams[name] = local_name(self.hparams[name])
+
     # ---------------------------------------------------------------- what a method may say of itself
 
     @property
     def is_fitted(self) -> bool:
         """Whether there is something to compare with the unchanged model."""
         return self.counted > 0
+
+    @property
+    def learnt_from(self) -> int:
+        """How many samples of its split a fit has learnt from."""
+        return self.counted
 
     def begin(self) -> None:
         """Start a fit from nothing; the model is loaded."""

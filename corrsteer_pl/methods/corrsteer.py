@@ -26,7 +26,6 @@ from corrsteer_pl.methods.streaming import Streaming
 from corrsteer_pl.models.alignment import Alignment, alignments, judge_alignments
 from corrsteer_pl.models.coordinates import coordinates
 from corrsteer_pl.models.hooks import PoolReader
-from corrsteer_pl.models.llm import local_name
 from corrsteer_pl.models.sae import Encoder, SparseAutoencoder, saes_identity
 from corrsteer_pl.selection import Feature, Selection
 from corrsteer_pl.stats import SCORES, Probe, null_max_correlation
@@ -162,7 +161,6 @@ class CorrSteer(Streaming):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm, saes = self.llm_name, None if saes is None else local_name(saes)
         self.save_hyperparameters()
         self.hparams["check_alignment"] = check_alignment or "off"
         check_values(self.hparams)

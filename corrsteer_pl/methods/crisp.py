@@ -19,7 +19,7 @@ from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_adapter
 from corrsteer_pl.methods.runs.provenance import check_saes, damaged
 from corrsteer_pl.models.alignment import alignments, judge_alignments
-from corrsteer_pl.models.llm import local_name, positions_of
+from corrsteer_pl.models.llm import positions_of
 from corrsteer_pl.models.sae import SparseAutoencoder, saes_identity
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Feature
@@ -121,7 +121,6 @@ class Crisp(Adapting):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm, saes = self.llm_name, local_name(saes)
         self.save_hyperparameters()
         self.hparams["check_alignment"] = check_alignment or "off"
         check_adapter(self.hparams)

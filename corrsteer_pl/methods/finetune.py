@@ -69,7 +69,6 @@ class Finetune(Adapting):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
         self.save_hyperparameters()
         check_adapter(self.hparams)
         if adapter not in ("full", "lora"):

@@ -74,7 +74,6 @@ class MeanDifference(Streaming):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
         self.save_hyperparameters()
         check_steering(self.hparams)
         self.ready()

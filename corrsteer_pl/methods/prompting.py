@@ -50,7 +50,6 @@ class Prompting(Selecting):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
         self.save_hyperparameters()
         if examples < 0:
             raise UserError(f"model.examples is {examples}; it is a number of examples, at least 0.")

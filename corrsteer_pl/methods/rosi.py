@@ -127,7 +127,6 @@ class Rosi(Selecting):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
         self.save_hyperparameters()
         _check_values(self.hparams)
         data = prompts_of(harmless, "model.harmless") if harmless else None

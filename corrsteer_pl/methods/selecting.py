@@ -62,7 +62,7 @@ class Selecting(Method):
         baseline, changed = rewards.mean(1)[:2].tolist()
         self.selection = Selection(
             rule="global", features=features, candidates=(), ranking=(), joint_reward=changed,
-            baseline_reward=baseline, samples=self.counted, reward=0.0, null_max_correlation=None,
+            baseline_reward=baseline, samples=self.learnt_from, reward=0.0, null_max_correlation=None,
             score=score, llm=self.llm.identity, saes=self.saes_identity() or {},
         ).marked()  # fmt: skip
         self.take_snapshot(baseline, changed)

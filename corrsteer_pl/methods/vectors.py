@@ -9,7 +9,6 @@ from torch import Tensor
 
 from corrsteer_pl.data import Batch
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.files import absolute
 from corrsteer_pl.formats.reading import read_vectors
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Settings
@@ -78,10 +77,7 @@ class Vectors(Steering):
         noise_floor: bool = False,
     ) -> None:
         super().__init__(llm, dtype, llm_args, candidate_batch_size)
-        llm = self.llm_name
         self.save_hyperparameters()
-        # The command line's own values are stored otherwise; a checkpoint is to find the file from anywhere.
-        self.hparams["vectors"] = absolute(vectors)
         if vector_layers is not None and (not vector_layers or min(vector_layers) < 0):
             raise UserError(
                 f"model.vector_layers is {vector_layers}. Name blocks, counted from 0, or leave it out for all that "
@@ -89,6 +85,11 @@ class Vectors(Steering):
             )
         check_steering({**self.hparams, "site": "resid_post", "layers": None})
         self.ready()
+
+    @property
+    def learnt_from(self) -> int:
+        """Of none."""
+        return 0
 
     def begin(self) -> None:
         """Read the file."""

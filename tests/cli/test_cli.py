@@ -1,15 +1,18 @@
 """The command line, in one process where that is enough, and as a user runs it where it matters."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from corrsteer_pl import demo
 from corrsteer_pl.cli import arguments
 from corrsteer_pl.cli.program import main
 from corrsteer_pl.files import read_rows, write_jsonl
+from corrsteer_pl.methods.runs.loading import load_fit
 from tests.conftest import cli
 from tests.processes import forked
 
@@ -312,9 +315,13 @@ def test_a_checkpoint_can_be_used_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "one")
     rows = [{"prompt": f"Request: sing {i} songs\nResponse:", "harmful": i % 2 == 0} for i in range(60)]
     write_jsonl(Path("rows.jsonl"), rows)
+    shutil.copytree(demo.MODEL, "village")
+    shutil.copytree(demo.SAES, "dictionaries")
     task = ["--data.task=refusal", "--data.path=rows.jsonl", "--data.task_args={max_new_tokens: 3}"]
-    assert main(["fit", "--config", "demo.yaml", *task, *SMALL]) == 0
+    places = ["--model.llm=village", "--model.saes=dictionaries"]
+    assert main(["fit", "--config", "demo.yaml", *task, *places, *SMALL]) == 0
     monkeypatch.chdir(tmp_path / "two")
+    assert load_fit(Path("../one/checkpoints/demo")).method.llm.name == str(tmp_path / "one/village")
     assert main(["test", "--ckpt_path", "../one/checkpoints/demo/last.ckpt"]) == 0
 
 

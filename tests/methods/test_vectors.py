@@ -79,6 +79,7 @@ def test_validation_chooses_among_vectors_and_strengths(run, tmp_path):
     assert worst.layer not in [f.layer for f in chosen.features]
     assert chosen.features
     assert chosen.joint_reward > chosen.baseline_reward
+    assert (chosen.samples, module.learnt_from) == (0, 0), "of which it has learnt nothing"
     assert chosen.scale == max(chosen.strengths, key=lambda one: one.reward).scale
     assert [f.coefficient for f in chosen.candidates] == pytest.approx([v.norm().item() for v in bad.values()])
     trainer.test(module, datamodule=data, verbose=False)
