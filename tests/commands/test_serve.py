@@ -181,6 +181,10 @@ def test_with_a_chat_template_conversations_are_answered_as_in_a_test(bos, fitte
                 found = make("any").chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
                 assert found.choices[0].message.content.strip() == answer.strip()
                 assert found.usage.prompt_tokens == len(fit.method.llm.prompt_ids([outcome.prompt], chat=True))
+                newer = make("any").responses.create(
+                    model=model, input=outcome.prompt, max_output_tokens=8, temperature=0
+                )
+                assert newer.output_text.strip() == answer.strip()
             with pytest.raises(openai.BadRequestError, match="there are no messages"):
                 make("any").chat.completions.create(model="village", messages=[])
     finally:
