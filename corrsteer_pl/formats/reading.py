@@ -25,12 +25,15 @@ ENDINGS = {
 OTHERS = {".pth": ".pt", ".bin": ".pt"}
 # The class of the package steering-vectors, which is read without the package.
 OBJECT = "steering_vectors.steering_vector.SteeringVector"
+# Its ``layer_type``, after whose output vectors are added there, as the kind of a site.
+LAYER_TYPES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 
 
 class _Object:
     """Stands for an object of the package steering-vectors while a file is read."""
 
     layer_activations: Mapping[int, Tensor]
+    layer_type: str = "decoder_block"
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _checked(path: Path, found: VectorFile) -> VectorFile:
             raise UserError(f"{path} has {kind} of shape {tuple(vector.shape)} at {site}, which is no vector.")
         if not vector.isfinite().all():
             raise UserError(f"{path} has a vector at {site} that is not finite.")
-    kept = {site: vector.float().clone() for site, vector in sorted(vectors.items()) if vector.any()}
+    kept = {site: vector.detach().float().clone() for site, vector in sorted(vectors.items()) if vector.any()}
     if not kept:
         raise UserError(f"{path} has no vector that is not zero, so it steers nothing.")
     if len({len(vector) for vector in kept.values()}) > 1:
@@ -174,9 +177,9 @@ def _from_torch(path: Path) -> VectorFile:
     except Exception as error:  # PyTorch's own words advise to run the code that a file may hold.
         raise ValueError("torch.save did not write it, or it holds more than tensors, which is not read") from error
     if isinstance(found, _Object):
-        found = found.layer_activations
+        return VectorFile(_of_object(found))
     if isinstance(found, Tensor):
-        return VectorFile({}, found.detach())
+        return VectorFile({}, found)
     if not isinstance(found, Mapping):
         raise ValueError(f"it holds a {type(found).__name__}, and no tensors")
     if any(isinstance(value, Mapping) for value in found.values()):
@@ -184,12 +187,21 @@ def _from_torch(path: Path) -> VectorFile:
     return _of_mapping(found, None)
 
 
+def _of_object(found: Any) -> dict[Site, Tensor]:
+    """The vectors of an object of the package steering-vectors, where its ``layer_type`` adds them."""
+    layer_type = getattr(found, "layer_type", "decoder_block")
+    if layer_type not in LAYER_TYPES:
+        raise ValueError(f"its layer_type is {layer_type!r}, and vectors can only be added at {choices(LAYER_TYPES)}")
+    vectors = _by_site(found.layer_activations, _tensor)
+    return {Site(site.layer, LAYER_TYPES[layer_type]): vector for site, vector in vectors.items()}
+
+
 def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> VectorFile:
     """Tensors by the names of blocks; or a single one, whatever its name."""
     if len(tensors) == 1 and isinstance(only := next(iter(tensors.values())), Tensor):
         name = str(next(iter(tensors)))
         if only.ndim == 2 or not BLOCK.fullmatch(name):
-            return VectorFile({}, only.detach())
+            return VectorFile({}, only)
     return VectorFile(_by_site(tensors, _tensor), None, schedule)
 
 
@@ -208,7 +220,7 @@ def _by_site(told: Mapping[Any, Any], read: Callable[[Any, Any], Tensor]) -> dic
 def _tensor(name: Any, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}, and no tensor")
-    return value.detach()
+    return value
 
 
 def _of_hook(name: Any, told: Any) -> Tensor:
@@ -219,7 +231,7 @@ def _of_hook(name: Any, told: Any) -> Tensor:
     if action != "add" or told.get("bias") is not None or told.get("head_index") is not None:
         what = f"the action {action!r}" if action != "add" else "a bias or a head_index"
         raise ValueError(f"{name} has {what}; only the action 'add' on the whole width is a steering vector")
-    return told["steering_vector"].detach().float() * float(told.get("steering_coefficient", 1.0))
+    return told["steering_vector"].float() * float(told.get("steering_coefficient", 1.0))
 
 
 READERS: dict[str, Callable[[Path], VectorFile]] = {
@@ -235,9 +247,16 @@ def vectors_of_object(vectors: Any) -> SteeringVectors:
     They steer every position, as there.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is neither, or adds them where nothing can be steered.
     """
     layers = getattr(vectors, "layer_activations", vectors)
     if not isinstance(layers, Mapping):
         raise UserError(f"a {type(vectors).__name__} holds no vectors by block. Give a mapping of blocks to tensors.")
-    return SteeringVectors({Site(int(layer), "resid_post"): v for layer, v in layers.items()}, Schedule("all"))
+    try:
+        found = _by_site(vectors, _tensor) if layers is vectors else _of_object(vectors)
+    except ValueError as error:
+        raise UserError(
+            f"a {type(vectors).__name__} cannot be taken for steering vectors: {error}. Give a mapping of blocks to "
+            "tensors."
+        ) from error
+    return SteeringVectors(found, Schedule("all"))

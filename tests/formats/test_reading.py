@@ -29,12 +29,12 @@ class SteeringVector:
     layer_type: str = "decoder_block"
 
 
-def saved_object(path):
+def saved_object(path, layer_type="decoder_block"):
     module = ModuleType("steering_vectors.steering_vector")
     sys.modules |= {"steering_vectors": ModuleType("steering_vectors"), module.__name__: module}
     SteeringVector.__module__, module.SteeringVector = module.__name__, SteeringVector
     try:
-        torch.save(SteeringVector({1: ONE, 3: TWO}), path)
+        torch.save(SteeringVector({1: ONE, 3: TWO}, layer_type), path)
     finally:
         del sys.modules[module.__name__], sys.modules["steering_vectors"]
 
@@ -98,6 +98,15 @@ def test_sites_other_than_outputs_of_blocks_are_known(tmp_path):
     assert list(found) == [Site(1, "mlp_out"), Site(2, "attn_out"), Site(3, "resid_pre")]
 
 
+@pytest.mark.parametrize(("layer_type", "kind"), {"self_attn": "attn_out", "mlp": "mlp_out"}.items())
+def test_an_object_steers_after_the_part_that_it_names(layer_type, kind, tmp_path):
+    saved_object(tmp_path / "object.pt", layer_type)
+    read = read_vectors(tmp_path / "object.pt")
+    taken = vectors_of_object(SteeringVector({1: ONE, 3: TWO}, layer_type))
+    for found in (read, taken):
+        assert list(found.vectors) == [Site(1, kind), Site(3, kind)]
+
+
 class Evil:
     def __reduce__(self):
         return Path.touch, (Path(sys.argv[0]).with_name("evil"),)
@@ -135,6 +144,8 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
          "a bias or a head_index"),
         ("j.pt", lambda path: torch.save({"layers.1": ONE, "model.layers.1": TWO}, path),
          "layers.1 and model.layers.1 are both for blocks.1.hook_resid_post"),
+        ("m.pt", lambda path: saved_object(path, "input_layernorm"),
+         "its layer_type is 'input_layernorm', and vectors can only be added at decoder_block, self_attn, mlp"),
         ("k.pt", lambda path: path.write_bytes(b""), "torch.save did not write it"),
     ],
 )  # fmt: skip
@@ -163,3 +174,7 @@ def test_objects_in_memory_are_taken_as_they_are():
     assert found.schedule.positions == "all"
     with pytest.raises(UserError, match="a list holds no vectors by block"):
         vectors_of_object([ONE])
+    with pytest.raises(UserError, match="a SteeringVector cannot be taken .*: its layer_type is 'input_layernorm'"):
+        vectors_of_object(SteeringVector({1: ONE}, "input_layernorm"))
+    with pytest.raises(UserError, match="a dict cannot be taken for steering vectors: 'happy' names no block"):
+        vectors_of_object({"happy": ONE})
