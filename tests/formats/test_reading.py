@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.formats.control_vector import write_gguf
-from corrsteer_pl.formats.reading import read_vectors, vectors_of_object
+from corrsteer_pl.formats.reading import read_vectors, site_of, vectors_of_object
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.models.sites import Site
 
@@ -98,6 +98,23 @@ def test_sites_other_than_outputs_of_blocks_are_known(tmp_path):
     assert list(found) == [Site(1, "mlp_out"), Site(2, "attn_out"), Site(3, "resid_pre")]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "3", "direction.3", "layer3", "layer_3", "layers.3", "model.layers.3", "model.vector_layers.3",
+        "transformer.h.3", "blocks.3.hook_resid_post",
+    ],
+)  # fmt: skip
+def test_a_name_with_one_number_says_the_block(name):
+    assert site_of(name) == Site(3, "resid_post")
+
+
+@pytest.mark.parametrize("name", ["layer_1_pos_2", "layer_1_coef_3", "model.layers.3.mlp.experts.7", "3.0", "gpt2.h.3"])
+def test_a_name_with_several_numbers_says_no_block(name):
+    with pytest.raises(ValueError, match=rf"'{name}' has several numbers, so its block is not clear"):
+        site_of(name)
+
+
 @pytest.mark.parametrize(("layer_type", "kind"), {"self_attn": "attn_out", "mlp": "mlp_out"}.items())
 def test_an_object_steers_after_the_part_that_it_names(layer_type, kind, tmp_path):
     saved_object(tmp_path / "object.pt", layer_type)
@@ -146,6 +163,10 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
          "layers.1 and model.layers.1 are both for blocks.1.hook_resid_post"),
         ("m.pt", lambda path: saved_object(path, "input_layernorm"),
          "its layer_type is 'input_layernorm', and vectors can only be added at decoder_block, self_attn, mlp"),
+        ("n.pt", lambda path: torch.save({3.0: ONE}, path),
+         "3.0 is a float; a block is named by a string or an integer"),
+        ("o.pt", lambda path: torch.save({3.0: ONE, 4.0: TWO}, path), "3.0 is a float"),
+        ("p.pt", lambda path: torch.save({"layer_1_pos_2": ONE, "layer_1_pos_3": TWO}, path), "has several numbers"),
         ("k.pt", lambda path: path.write_bytes(b""), "torch.save did not write it"),
     ],
 )  # fmt: skip
