@@ -201,10 +201,10 @@ def _of_object(found: Any) -> dict[Site, Tensor]:
 
 
 def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> VectorFile:
-    """Tensors by the names of blocks; or a single one, whatever its name."""
+    """Tensors by the names of blocks; or a single one, if it is a matrix or its name says no block."""
     if len(tensors) == 1 and isinstance(only := next(iter(tensors.values())), Tensor):
         name = _spelt(next(iter(tensors)))
-        if only.ndim == 2 or not BLOCK.fullmatch(name):
+        if _vector(only).ndim == 2 or not BLOCK.fullmatch(name):
             return VectorFile({}, only)
     return VectorFile(_by_site(tensors, _tensor), None, schedule)
 
@@ -224,7 +224,10 @@ def _by_site(told: Mapping[Any, Any], read: Callable[[Any, Any], Tensor]) -> dic
 def _spelt(name: Any) -> str:
     if not isinstance(name, str | Integral):
         raise ValueError(f"{name!r} is a {type(name).__name__}; a block is named by a string or an integer")
-    return str(name)
+    spelt = str(name)
+    if re.fullmatch(r"(?:\D*[._])?-\d+", spelt):
+        raise ValueError(f"{spelt} names a block by a negative number; blocks are counted from 0")
+    return spelt
 
 
 def _tensor(name: Any, value: Any) -> Tensor:

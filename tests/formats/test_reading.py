@@ -91,6 +91,18 @@ def test_one_tensor_needs_a_block_and_a_matrix_a_row(tmp_path):
         read_vectors(matrix, [2], row=2)
 
 
+@pytest.mark.parametrize("name", ["one.pt", "one.safetensors"])
+def test_a_single_row_is_for_the_block_that_its_name_says(name, tmp_path):
+    save = {"one.pt": torch.save, "one.safetensors": save_file}[name]
+    save({"layers.1": ONE[None].clone()}, tmp_path / name)
+    for layers in (None, [1]):
+        ((site, vector),) = read_vectors(tmp_path / name, layers).vectors.items()
+        assert site == Site(1, "resid_post")
+        assert torch.equal(vector, ONE)
+    with pytest.raises(UserError, match="has no vector for block 3; it has 1"):
+        read_vectors(tmp_path / name, [3])
+
+
 def test_sites_other_than_outputs_of_blocks_are_known(tmp_path):
     names = {"layers.1.mlp": ONE, "layers.2.self_attn": TWO, "blocks.3.hook_resid_pre": ONE}
     save_file({name: vector.clone() for name, vector in names.items()}, tmp_path / "sites.safetensors")
@@ -167,6 +179,9 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
          "3.0 is a float; a block is named by a string or an integer"),
         ("o.pt", lambda path: torch.save({3.0: ONE, 4.0: TWO}, path), "3.0 is a float"),
         ("p.pt", lambda path: torch.save({"layer_1_pos_2": ONE, "layer_1_pos_3": TWO}, path), "has several numbers"),
+        ("q.pt", lambda path: torch.save({-1: ONE}, path),
+         "-1 names a block by a negative number; blocks are counted from 0"),
+        ("r.pt", lambda path: torch.save({1: ONE, "layers.-1": TWO}, path), "layers.-1 names a block by a negative"),
         ("k.pt", lambda path: path.write_bytes(b""), "torch.save did not write it"),
     ],
 )  # fmt: skip
