@@ -122,10 +122,10 @@ def _checked(path: Path, found: VectorFile) -> VectorFile:
             kind = str(vector.dtype).removeprefix("torch.")
             raise UserError(f"{path} has {kind} of shape {tuple(vector.shape)} at {site}, which is no vector.")
         if not vector.isfinite().all():
-            raise UserError(f"{path} has a vector at {site} that is not finite.")
-    kept = {site: vector.detach().float().clone() for site, vector in sorted(vectors.items()) if vector.any()}
+            raise UserError(f"{path} has a vector at {site} that is not finite in float32.")
+    kept = {site: vector.clone() for site, vector in sorted(vectors.items()) if vector.any()}
     if not kept:
-        raise UserError(f"{path} has no vector that is not zero, so it steers nothing.")
+        raise UserError(f"{path} has no vector that is not zero in float32, so it steers nothing.")
     if len({len(vector) for vector in kept.values()}) > 1:
         raise UserError(f"{path} has vectors of different widths.")
     return VectorFile(kept, None, found.schedule)
@@ -181,9 +181,9 @@ def _from_torch(path: Path) -> VectorFile:
     except Exception as error:  # PyTorch's own words advise to run the code that a file may hold.
         raise ValueError("torch.save did not write it, or it holds more than tensors, which is not read") from error
     if isinstance(found, _Object):
-        return VectorFile(_of_object(found))
+        return VectorFile(_of_object(found, _numbers))
     if isinstance(found, Tensor):
-        return VectorFile({}, found)
+        return VectorFile({}, _numbers("its tensor", found))
     if not isinstance(found, Mapping):
         raise ValueError(f"it holds a {type(found).__name__}, and no tensors")
     if any(isinstance(value, Mapping) for value in found.values()):
@@ -191,12 +191,12 @@ def _from_torch(path: Path) -> VectorFile:
     return _of_mapping(found, None)
 
 
-def _of_object(found: Any) -> dict[Site, Tensor]:
+def _of_object(found: Any, read: Callable[[Any, Any], Tensor]) -> dict[Site, Tensor]:
     """The vectors of an object of the package steering-vectors, where its ``layer_type`` adds them."""
     layer_type = getattr(found, "layer_type", "decoder_block")
     if layer_type not in LAYER_TYPES:
         raise ValueError(f"its layer_type is {layer_type!r}, and vectors can only be added at {choices(LAYER_TYPES)}")
-    vectors = _by_site(found.layer_activations, _tensor)
+    vectors = _by_site(found.layer_activations, read)
     return {Site(site.layer, LAYER_TYPES[layer_type]): vector for site, vector in vectors.items()}
 
 
@@ -205,8 +205,8 @@ def _of_mapping(tensors: Mapping[Any, Any], schedule: Schedule | None) -> Vector
     if len(tensors) == 1 and isinstance(only := next(iter(tensors.values())), Tensor):
         name = _spelt(next(iter(tensors)))
         if _vector(only).ndim == 2 or not BLOCK.fullmatch(name):
-            return VectorFile({}, only)
-    return VectorFile(_by_site(tensors, _tensor), None, schedule)
+            return VectorFile({}, _numbers(name, only))
+    return VectorFile(_by_site(tensors, _numbers), None, schedule)
 
 
 def _by_site(told: Mapping[Any, Any], read: Callable[[Any, Any], Tensor]) -> dict[Site, Tensor]:
@@ -233,18 +233,29 @@ def _spelt(name: Any) -> str:
 def _tensor(name: Any, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}, and no tensor")
+    if value.is_meta:
+        raise ValueError(f"{name} was saved from the meta device, so it has a shape and no numbers")
+    if value.layout is not torch.strided or value.is_nested:
+        raise ValueError(f"{name} is sparse or nested; save a dense tensor")
     return value
+
+
+def _numbers(name: Any, value: Any) -> Tensor:
+    """What a file has under a name, in float32 if it is of any floating-point type, float8 among them."""
+    tensor = _tensor(name, value).detach()
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _of_hook(name: Any, told: Any) -> Tensor:
     """The vector of one hook point of lm-eval's ``steered`` model."""
-    if not isinstance(told, Mapping) or not isinstance(told.get("steering_vector"), Tensor):
+    if not isinstance(told, Mapping) or "steering_vector" not in told:
         raise ValueError(f"{name} has no steering_vector")
     action = told.get("action", "add")
     if action != "add" or told.get("bias") is not None or told.get("head_index") is not None:
         what = f"the action {action!r}" if action != "add" else "a bias or a head_index"
         raise ValueError(f"{name} has {what}; only the action 'add' on the whole width is a steering vector")
-    return told["steering_vector"].float() * float(told.get("steering_coefficient", 1.0))
+    vector = _numbers(f"the steering_vector of {name}", told["steering_vector"])
+    return vector * float(told.get("steering_coefficient", 1.0))
 
 
 READERS: dict[str, Callable[[Path], VectorFile]] = {
@@ -266,7 +277,7 @@ def vectors_of_object(vectors: Any) -> SteeringVectors:
     if not isinstance(layers, Mapping):
         raise UserError(f"a {type(vectors).__name__} holds no vectors by block. Give a mapping of blocks to tensors.")
     try:
-        found = _by_site(vectors, _tensor) if layers is vectors else _of_object(vectors)
+        found = _by_site(vectors, _tensor) if layers is vectors else _of_object(vectors, _tensor)
     except ValueError as error:
         raise UserError(
             f"a {type(vectors).__name__} cannot be taken for steering vectors: {error}. Give a mapping of blocks to "

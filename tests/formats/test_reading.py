@@ -53,6 +53,7 @@ WRITERS = {
     "blocks.pt": lambda path: torch.save({1: ONE, 3: TWO}, path),
     "rows.pt": lambda path: torch.save({1: ONE[None], 3: TWO[None]}, path),
     "names.pth": lambda path: torch.save({"transformer.h.1": ONE, "transformer.h.3": TWO.half()}, path),
+    "float8.pt": lambda path: torch.save({1: ONE.to(torch.float8_e4m3fn), 3: TWO.to(torch.float8_e5m2)}, path),
     "object.pt": saved_object,
 }
 
@@ -182,6 +183,15 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         ("q.pt", lambda path: torch.save({-1: ONE}, path),
          "-1 names a block by a negative number; blocks are counted from 0"),
         ("r.pt", lambda path: torch.save({1: ONE, "layers.-1": TWO}, path), "layers.-1 names a block by a negative"),
+        ("s.pt", lambda path: torch.save({1: ONE.to_sparse()}, path), "1 is sparse or nested; save a dense tensor"),
+        ("t.pt", lambda path: torch.save(ONE[None].to_sparse(), path), "its tensor is sparse or nested"),
+        ("u.pt", lambda path: torch.save({"layers.1": {**HOOK, "steering_vector": ONE.to_sparse()}}, path),
+         "the steering_vector of layers.1 is sparse or nested"),
+        ("v.pt", lambda path: torch.save({1: ONE.to("meta")}, path),
+         "1 was saved from the meta device, so it has a shape and no numbers"),
+        ("w.pt", lambda path: torch.save({"weight": torch.ones(2, 4, device="meta")}, path), "weight was saved from"),
+        ("x.pt", lambda path: torch.save({1: ONE.double() * 1e300}, path), "that is not finite in float32"),
+        ("y.pt", lambda path: torch.save({1: ONE.double() * 1e-300}, path), "no vector that is not zero in float32"),
         ("k.pt", lambda path: path.write_bytes(b""), "torch.save did not write it"),
     ],
 )  # fmt: skip
