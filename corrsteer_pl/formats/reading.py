@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices, one_line
-from corrsteer_pl.interventions.steering import Schedule, SteeringVectors, schedule_of
+from corrsteer_pl.interventions.steering import POSITIONS, Schedule, SteeringVectors, schedule_of
 from corrsteer_pl.models.sites import ATTENTION, KINDS, MLP, Site
 
 # What names a block in the files of other programs: direction.3, layers.3, model.layers.3, transformer.h.3, layer_3, 3.
@@ -170,8 +170,19 @@ def _from_safetensors(path: Path) -> VectorFile:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(one_line(error)) from error
-    schedule = schedule_of(metadata) if "positions" in metadata else None
-    return _of_mapping(tensors, schedule)
+    return _of_mapping(tensors, _schedule(path, metadata) if "positions" in metadata else None)
+
+
+def _schedule(path: Path, metadata: Mapping[str, str]) -> Schedule:
+    try:
+        return schedule_of(metadata)
+    except (ValueError, UserError) as error:
+        told = {field.name: metadata.get(field.name) for field in fields(Schedule)}
+        raise UserError(
+            f"the metadata of {path} say {told}, but positions is one of {choices(POSITIONS)}, first_k a number of "
+            "tokens, at least 1, and decay a factor above 0 and at most 1. Save its tensors without metadata, and set "
+            "model.positions."
+        ) from error
 
 
 def _from_torch(path: Path) -> VectorFile:

@@ -201,6 +201,20 @@ def test_what_is_no_steering_vector_is_one_sentence(name, write, sentence, tmp_p
         read_vectors(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"positions": "nowhere"}, {"decay": "nan"}, {"decay": "fast"}, {"first_k": "0"}, {"first_k": None}]
+)
+def test_impossible_metadata_are_the_files_and_not_the_users(changed, tmp_path):
+    told = {"positions": "all", "first_k": "1", "decay": "1.0", "format": "pt", **changed}
+    given = {name: value for name, value in told.items() if value is not None}
+    save_file({"layers.1": ONE}, tmp_path / "other.safetensors", metadata=given)
+    with pytest.raises(UserError, match=r"the metadata of .*other.safetensors say \{.*\}, but positions is") as error:
+        read_vectors(tmp_path / "other.safetensors")
+    ((name, value),) = changed.items()
+    assert f"'{name}': {value!r}" in str(error.value)
+    assert "model.decay" not in str(error.value)
+
+
 def test_a_model_in_gguf_is_no_control_vector(tmp_path):
     from gguf import GGUFWriter
 
