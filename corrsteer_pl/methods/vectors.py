@@ -14,6 +14,7 @@ from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_steering
 from corrsteer_pl.methods.steering import Steering
+from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Choice, Feature, Selection
 
 
@@ -113,15 +114,25 @@ class Vectors(Steering):
         self.directions = {}
         found: list[Feature] = []
         for site, vector in file.vectors.items():
-            size = vector.norm().item()
+            size = self._length(site, vector)
             beside = sum(f.layer == site.layer for f in found)
             feature = Feature(
                 layer=site.layer, site=str(site), index=beside, sign="positive", coefficient=size, correlation=None,
                 score=size, active_right=1.0, active_wrong=1.0, mean_right=0.0, mean_wrong=0.0,
             )  # fmt: skip
-            self.directions[feature.name] = vector / size
+            self.directions[feature.name] = (vector.double() / size).float()
             found.append(feature)
         return tuple(found)
+
+    def _length(self, site: Site, vector: Tensor) -> float:
+        # The squares of what float32 can hold may be beyond it.
+        size, float32 = vector.double().norm().item(), torch.finfo(torch.float32)
+        if not float32.tiny <= size <= float32.max:
+            raise UserError(
+                f"{self.hparams['vectors']} has a vector at {site} of length {size:.3g}, and lengths that float32 "
+                f"can hold are {float32.tiny:.3g} to {float32.max:.3g}. Scale it before it is saved."
+            )
+        return size
 
     def _steer_at(self, schedule: Schedule) -> None:
         """Take over the positions of a file, unless others are given."""

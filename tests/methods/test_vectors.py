@@ -185,6 +185,22 @@ def test_what_a_test_cannot_do_is_told(options, sentence, run):
         answered(Vectors("demo", str(folder / "export/demo.gguf"), **options))
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_lengths_whose_squares_overflow_are_lengths(size, tmp_path):
+    torch.save({1: size * torch.eye(128)[1]}, tmp_path / "some.pt")
+    module = answered(Vectors("demo", str(tmp_path / "some.pt")))
+    (vector,) = module.steering_vectors().values()
+    assert vector.norm(p=1).item() == pytest.approx(size, rel=1e-6)
+    assert (module.metrics["changed"] > 0) == (size > 1)
+
+
+@pytest.mark.parametrize(("size", "length"), [(3e38, r"3.39e\+39"), (1e-41, "1.13e-40")])
+def test_a_length_beyond_float32_is_told(size, length, tmp_path):
+    torch.save({1: torch.full((128,), size)}, tmp_path / "some.pt")
+    with pytest.raises(UserError, match=f"has a vector at blocks.1.hook_resid_post of length {length}, and lengths"):
+        answered(Vectors("demo", str(tmp_path / "some.pt")))
+
+
 @pytest.mark.parametrize(
     ("vectors", "sentence"),
     [
