@@ -11,6 +11,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -36,6 +37,8 @@ CONFIGS = {
         vocab_size=1024, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=128, eos_token_id=2, bos_token_id=1
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+    # Its MLP lies on the block itself.
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48),
     # Linear attention in all blocks but the last.
     "qwen3_5": lambda: Qwen3_5TextConfig(
         **GROUPED,

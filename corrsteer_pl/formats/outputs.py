@@ -35,12 +35,10 @@ def by_writer(model: Any, vectors: Mapping[Site, Tensor], format: str) -> list[t
         UserError: A norm follows the matrix, so that no bias does the same.
     """
     found: dict[str, tuple[Writer, Tensor]] = {}
-    known = writers(model)
+    known = writers(model, on_block=True)
     for site, vector in ((as_output(site, format), vector) for site, vector in vectors.items()):
         writer = known[2 * site.layer + (site.kind != "attn_out")]
-        block = decoder_blocks(model)[site.layer]
-        # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP have two.
-        if norm := next((name for name in MLP_NORM if hasattr(block, name)), None):
+        if norm := _norm_after(model, site):
             raise UserError(
                 f"{format} writes the vector at {site} as the bias of {writer.name}, but in {type(model).__name__} a "
                 f"norm follows such matrices ({norm}), so no bias does the same. Choose --to gguf or --to lm_eval."
@@ -48,6 +46,15 @@ def by_writer(model: Any, vectors: Mapping[Site, Tensor], format: str) -> list[t
         before = found.get(writer.name, (writer, 0))[1]
         found[writer.name] = writer, before + vector
     return list(found.values())
+
+
+def _norm_after(model: Any, site: Site) -> str | None:
+    """The name of a norm between the matrix that writes and the site."""
+    # OPT-350m's block ends with one.
+    if site.kind == "resid_post" and not getattr(model.config, "do_layer_norm_before", True):
+        return "final_layer_norm"
+    # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP have two.
+    return next((name for name in MLP_NORM if hasattr(decoder_blocks(model)[site.layer], name)), None)
 
 
 def as_output(site: Site, format: str) -> Site:

@@ -37,8 +37,13 @@ class Writer:
         return output if bias is None else output - bias
 
 
-def writers(model: Any) -> list[Writer]:
+def writers(model: Any, on_block: bool = False) -> list[Writer]:
     """The writing matrices of all blocks, attention before MLP.
+
+    Args:
+        model: The language model.
+        on_block: Whether an MLP may be matrices of the block itself, as OPT's, whose outputs are
+            ``(batch * sequence, d_model)``, so that hooks cannot tell the rows of a batch.
 
     Raises:
         UserError: A block has none that is known, several experts, or quantised ones.
@@ -50,19 +55,23 @@ def writers(model: Any) -> list[Writer]:
         )
     paths = {module: name for name, module in model.named_modules()}
     return [
-        Writer(paths[module], module) for block in decoder_blocks(model) for module in _of_block(block, type(model))
+        Writer(paths[module], module)
+        for block in decoder_blocks(model)
+        for module in _of_block(block, type(model), on_block)
     ]
 
 
-def _of_block(block: nn.Module, kind: type) -> Iterator[nn.Module]:
+def _of_block(block: nn.Module, kind: type, on_block: bool) -> Iterator[nn.Module]:
     for parts in (ATTENTION, MLP):
-        part = next((getattr(block, name) for name in parts if hasattr(block, name)), None)
+        own = block if on_block and parts is MLP else None
+        part = next((getattr(block, name) for name in parts if hasattr(block, name)), own)
         module = next((getattr(part, name) for name in PROJECTIONS if hasattr(part, name)), None)
         if not isinstance(module, (nn.Linear, Conv1D)):
             what = "attention" if parts is ATTENTION else "the MLP"
+            names, place = (parts, block) if part is None else (PROJECTIONS, part)
             raise UserError(
                 f"the matrix by which {what} of {kind.__name__} writes to the residual stream is not known (none of "
-                f"{choices(PROJECTIONS)} in {type(part).__name__}; mixtures of experts are not supported). Choose "
+                f"{choices(names)} in {type(place).__name__}; mixtures of experts are not supported). Choose "
                 "another model."
             )
         if not module.weight.is_floating_point():

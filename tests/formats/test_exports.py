@@ -95,6 +95,18 @@ def test_mistral_without_a_window_is_written_as_llama(llm, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("A hen")["input_ids"] == llm.tokenizer("A hen")["input_ids"]
 
 
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_a_norm_at_the_end_of_opts_blocks_is_told(to, llm, tmp_path):
+    config = CONFIGS["opt"]()
+    config.do_layer_norm_before = False
+    tiny = make_tiny("opt", llm.tokenizer, config)
+    with pytest.raises(UserError, match=r"bias of model.decoder.layers.1.fc2, but .* \(final_layer_norm\)"):
+        exported(tiny, vectors((1,)), to, tmp_path / to)
+    added = vectors((1,), "attn_out")
+    changed = Answers.of(tiny.model, PROMPTS, steered(tiny, added))
+    assert exported(tiny, added, to, tmp_path / f"attention_{to}").distance(changed) < 1e-3
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
 def test_a_full_disk_is_told_as_such(llm):
     with pytest.raises(OSError, match="No space left on device"):

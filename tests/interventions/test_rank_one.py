@@ -172,6 +172,13 @@ def test_quantised_weights_and_unknown_blocks_are_refused(llm):
         writers(other.model)
 
 
+def test_an_mlp_on_the_block_itself_has_no_rows_to_edit(llm):
+    other = make_tiny("opt", llm.tokenizer)
+    with pytest.raises(UserError, match=r"the MLP of OPTForCausalLM .* is not known \(none of mlp, .* in OPTDecoder"):
+        EditedOutputs(other.model, [None])
+    assert [writer.name for writer in writers(other.model, on_block=True)][1] == "model.decoder.layers.0.fc2"
+
+
 def test_variants_of_the_weights_share_no_forward_pass(llm):
     switched = Switched([None, None])
     with pytest.raises(ValueError, match="cannot share a forward pass"):

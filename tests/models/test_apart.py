@@ -44,13 +44,18 @@ class EditedWeight:
             weight.copy_(before)
 
 
+def mlp_of(llm, layer):
+    weights = [name for name, parameter in llm.model.named_parameters() if parameter.ndim == 2]
+    return [name for name in weights if f".{layer}." in name and ("mlp" in name or ".fc" in name)]
+
+
 def first_block(llm):
-    return next(n for n, p in llm.model.named_parameters() if p.ndim == 2 and ".1." in n and "mlp" in n)
+    return mlp_of(llm, 1)[0]
 
 
 def last_matrix(llm):
     # Of the last block's MLP: no key or value depends on it.
-    return [n for n, p in llm.model.named_parameters() if p.ndim == 2 and ".2." in n and "mlp" in n][-1]
+    return mlp_of(llm, 2)[-1]
 
 
 @pytest.fixture
