@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.formats.outputs import by_writer
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.formats.outputs import by_writer, or_gguf
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.models.writers import Writer
@@ -85,19 +85,22 @@ def write_merged(llm: LanguageModel, vectors: Mapping[Site, Tensor], folder: Pat
     Raises:
         UserError: No such form is known.
     """
-    biases = by_writer(llm.model, vectors, "merged")
-    model = with_biases(llm.model, biases)
+    model = with_biases(llm.model, vectors)
     model.save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
 
 
-def with_biases(model: Any, biases: list[tuple[Writer, Tensor]]) -> Any:
+def with_biases(model: Any, vectors: Mapping[Site, Tensor]) -> Any:
     """A model of the same weights whose matrices have biases, on which the vectors ``(d_model,)`` are added.
 
     Weights are shared with the given model, and not changed.
+
+    Raises:
+        UserError: No form of the model is known that has such biases.
     """
+    biases = by_writer(model, vectors, "merged")
     added = {f"{writer.name}.bias": vector for writer, vector in biases}
-    config = _with_places(model, [writer for writer, _ in biases])
+    config = _with_places(model, [writer for writer, _ in biases], vectors)
     with torch.device("meta"):
         changed = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     own = model.state_dict()
@@ -108,14 +111,14 @@ def with_biases(model: Any, biases: list[tuple[Writer, Tensor]]) -> Any:
             value = (value.float() + added.pop(name).to(value.device)).to(value.dtype)
         state[name] = value
     if added or set(own) - set(state):
-        raise UserError(_impossible(model, next(iter(added), "its weights")))
+        raise UserError(_impossible(model, next(iter(added), "its weights"), vectors))
     changed.load_state_dict(state, assign=True)
     changed.tie_weights()
     changed.generation_config = model.generation_config
     return changed
 
 
-def _with_places(model: Any, targets: list[Writer]) -> Any:
+def _with_places(model: Any, targets: list[Writer], sites: Iterable[Site]) -> Any:
     """A configuration under which the targets have biases."""
     config = copy.deepcopy(model.config)
     if all(getattr(writer.module, "bias", None) is not None for writer in targets):
@@ -123,21 +126,21 @@ def _with_places(model: Any, targets: list[Writer]) -> Any:
     if config.model_type in AS_LLAMA:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         if window is not None and window < config.max_position_embeddings:
-            raise UserError(_impossible(model, "its sliding window"))
+            raise UserError(_impossible(model, "its sliding window", sites))
         options = {name: getattr(config, name) for name in LLAMA_OPTIONS if hasattr(config, name)}
         return LlamaConfig(**options, attention_bias=True, mlp_bias=True, dtype=config.dtype)
     for writer in targets:
         flag = "attention_bias" if ".mlp." not in f".{writer.name}." else "mlp_bias"
         if not hasattr(config, flag):
-            raise UserError(_impossible(model, writer.name))
+            raise UserError(_impossible(model, writer.name, sites))
         setattr(config, flag, True)
     return config
 
 
-def _impossible(model: Any, what: str) -> str:
+def _impossible(model: Any, what: str, sites: Iterable[Site]) -> str:
     return (
-        f"{type(model).__name__} has no ordinary form in which {what} can be written with a bias. Choose "
-        f"{choices(['--to peft', '--to gguf'])}."
+        f"{type(model).__name__} has no ordinary form in which {what} can be written with a bias. "
+        f"{or_gguf('peft', sites)}"
     )
 
 

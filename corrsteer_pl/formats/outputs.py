@@ -1,6 +1,6 @@
 """Vectors by what other programs can add them to: outputs of blocks, or of the last matrix of attention and MLP."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,10 @@ from corrsteer_pl.models.sites import MLP_NORM, Site, decoder_blocks
 from corrsteer_pl.models.writers import Writer, writers
 
 # What says more than a format that cannot express a run.
-INSTEAD = "Choose --to lm_eval, which can say outputs of blocks, attention and MLP."
+INSTEAD = (
+    "Choose --to lm_eval, which can say outputs of blocks, attention and MLP, or --to peft or merged, which can where "
+    "no norm follows these."
+)
 
 
 def by_block(vectors: Mapping[Site, Tensor], format: str) -> dict[int, Tensor]:
@@ -36,16 +39,24 @@ def by_writer(model: Any, vectors: Mapping[Site, Tensor], format: str) -> list[t
     """
     found: dict[str, tuple[Writer, Tensor]] = {}
     known = writers(model, on_block=True)
-    for site, vector in ((as_output(site, format), vector) for site, vector in vectors.items()):
+    outputs = [(as_output(site, format), vector) for site, vector in vectors.items()]
+    for site, vector in outputs:
         writer = known[2 * site.layer + (site.kind != "attn_out")]
         if norm := _norm_after(model, site):
             raise UserError(
                 f"{format} writes the vector at {site} as the bias of {writer.name}, but in {type(model).__name__} a "
-                f"norm follows such matrices ({norm}), so no bias does the same. Choose --to gguf or --to lm_eval."
+                f"norm follows such matrices ({norm}), so no bias does the same. {or_gguf('lm_eval', vectors)}"
             )
         before = found.get(writer.name, (writer, 0))[1]
         found[writer.name] = writer, before + vector
     return list(found.values())
+
+
+def or_gguf(format: str, sites: Iterable[Site]) -> str:
+    """The advice to choose another format, or a control vector if it can say the sites."""
+    outputs = [as_output(site, format) for site in sites]
+    gguf = all(output.kind == "resid_post" and output.layer > 0 for output in outputs)
+    return f"Choose --to {format}{' or --to gguf' if gguf else ''}."
 
 
 def _norm_after(model: Any, site: Site) -> str | None:

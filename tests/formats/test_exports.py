@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.formats.biases import with_biases
 from corrsteer_pl.formats.easysteer import phases
-from corrsteer_pl.formats.outputs import by_writer
 from corrsteer_pl.formats.parity import Answers, Parity
 from corrsteer_pl.formats.reading import read_vectors
 from corrsteer_pl.formats.registry import FORMATS
@@ -116,7 +115,7 @@ def test_a_full_disk_is_told_as_such(llm):
 def test_biases_share_the_weights_and_leave_them_alone(llm):
     tiny = make_tiny("gpt_neox", llm.tokenizer)
     before = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
-    changed = with_biases(tiny.model, by_writer(tiny.model, vectors((1,)), "merged"))
+    changed = with_biases(tiny.model, vectors((1,)))
     name = "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"
     differing = [key for key, weight in changed.state_dict().items() if not torch.equal(weight, before[key])]
     assert differing == [name]
@@ -141,6 +140,28 @@ def test_what_a_format_cannot_say_is_one_sentence(to, site, sentence, llm, tmp_p
     with pytest.raises(UserError, match=sentence):
         FORMATS[to].write(tiny, {site: torch.ones(32)}, tmp_path / "file", Schedule("all"))
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "gguf"),
+    [((1, 2), "resid_post", True), ((2,), "resid_pre", True), ((0, 1), "resid_post", False), ((1,), "resid_pre", False),
+     ((1,), "attn_out", False), ((1,), "mlp_out", False)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "to", "other"),
+    [("qwen3_5", "merged", "peft"), ("mistral", "merged", "peft"), ("gemma2", "peft", "lm_eval")],
+)
+def test_gguf_is_advised_only_where_it_can_say_the_sites(name, to, other, layers, kind, gguf, llm, tmp_path):
+    tiny = make_tiny(name, llm.tokenizer)
+    with pytest.raises(UserError, match=rf"Choose --to {other}{' or --to gguf' if gguf else ''}\.$"):
+        FORMATS[to].write(tiny, vectors(layers, kind), tmp_path, Schedule("all"))
+
+
+@pytest.mark.parametrize("to", ["gguf", "easysteer"])
+def test_biases_are_advised_for_what_attention_writes(to, llm, tmp_path):
+    tiny = make_tiny("llama", llm.tokenizer)
+    with pytest.raises(UserError, match="Choose --to lm_eval, .* or --to peft or merged, which can where no norm"):
+        FORMATS[to].write(tiny, vectors((1,), "attn_out"), tmp_path / "file", Schedule("all"))
 
 
 def test_a_control_vector_is_what_llama_cpp_reads(llm, tmp_path):
