@@ -84,7 +84,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file or a folder of the same name within a temporary folder, then put it in its place.
 
-    If it fails, folders that were made for it are gone again.
+    If it fails, folders that were made for it are gone again. Its files have the usual mode, whatever wrote them.
 
     Raises:
         UserError: There is no room, or no right.
@@ -95,10 +95,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         # In a container, a process that was killed had the same number.
         rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        write(scratch / path.name)
+        made = scratch / path.name
+        write(made)
+        # safetensors writes files that their owner alone can read.
+        usual = scratch.stat().st_mode & 0o666
+        for file in (made, *made.rglob("*")):
+            if file.is_file():
+                file.chmod(usual)
         if path.is_dir():
             rmtree(path)
-        (scratch / path.name).replace(path)
+        made.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or one_line(error)}). Name another place."

@@ -1,6 +1,7 @@
 """What is written for other programs does there what steering does here, on many architectures."""
 
 import json
+import os
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import write_folder
 from corrsteer_pl.formats.biases import with_biases
 from corrsteer_pl.formats.easysteer import phases
 from corrsteer_pl.formats.parity import Answers, Parity
@@ -104,6 +106,19 @@ def test_a_norm_at_the_end_of_opts_blocks_is_told(to, llm, tmp_path):
     added = vectors((1,), "attn_out")
     changed = Answers.of(tiny.model, PROMPTS, steered(tiny, added))
     assert exported(tiny, added, to, tmp_path / f"attention_{to}").distance(changed) < 1e-3
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize("to", ["merged", "peft"])
+def test_weights_can_be_read_by_whom_other_files_can_be_read(to, umask, mode, llm, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / to, lambda new: FORMATS[to].write(llm, vectors((1,), width=128), new, Schedule("all")))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / to).iterdir()}
+    assert {"merged": "model.safetensors", "peft": "adapter_model.safetensors"}[to] in modes
+    assert set(modes.values()) == {mode}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
