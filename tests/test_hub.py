@@ -123,7 +123,7 @@ def test_every_preset_fits_and_tests(name, here):
     assert folder.name == f"mmlu-{Path(name).stem}"
     selection = json.loads((folder / "selection.json").read_text(encoding="utf-8"))
     assert selection["llm"]["name"] == SETTINGS[name]["model"]["llm"]
-    assert selection["saes"]["name"] == saes
+    assert selection["saes"]["name"] == (str(here / saes) if name in TRAIN_FIRST else saes)
 
 
 def refused(capsys, *args):
