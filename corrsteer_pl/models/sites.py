@@ -86,17 +86,23 @@ class Site:
             raise ValueError(f"{self} is an input")
         if self.kind == "resid_post":
             return block
-        parts, norms = (ATTENTION, ATTENTION_NORM) if self.kind == "attn_out" else (MLP, MLP_NORM)
-        # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP, as in Gemma 2,
-        # have one after attention.
-        has_norms = any(hasattr(block, name) for name in MLP_NORM)
-        names = [name for name in (*(norms if has_norms else ()), *parts) if hasattr(block, name)]
-        if not names:
+        parts = ATTENTION if self.kind == "attn_out" else MLP
+        name = self.norm(model) or next((part for part in parts if hasattr(block, part)), None)
+        if name is None:
             raise UserError(
                 f"{type(block).__name__} has none of {choices(parts)}, so its {self.kind} is not known. "
                 "Choose SAEs of the residual stream."
             )
-        return getattr(block, names[0])
+        return getattr(block, name)
+
+    def norm(self, model: Any) -> str | None:
+        """The norm through which a block's attention or MLP writes; None if there is none, or at the block itself."""
+        block = decoder_blocks(model)[self.layer]
+        norms = {"attn_out": ATTENTION_NORM, "mlp_out": MLP_NORM}.get(self.kind, ())
+        # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP, as in Gemma 2,
+        # have one after attention.
+        has_norms = any(hasattr(block, name) for name in MLP_NORM)
+        return next((name for name in norms if has_norms and hasattr(block, name)), None)
 
 
 def name_blocks(model: Any, path: str) -> None:

@@ -15,6 +15,8 @@ from corrsteer_pl.evaluation.run import Run
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.methods.vectors import Vectors
+from corrsteer_pl.models.sites import Site
+from tests.architectures import make_tiny, vectors
 from tests.conftest import make_trainer, run_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.positions is all", "ignore:demo.* sets model")
@@ -183,6 +185,21 @@ def test_what_a_test_cannot_do_is_told(options, sentence, run):
     folder, _ = run
     with pytest.raises(UserError, match=sentence):
         answered(Vectors("demo", str(folder / "export/demo.gguf"), **options))
+
+
+@pytest.mark.parametrize(("part", "kind"), [("self_attn", "attn_out"), ("mlp", "mlp_out")])
+def test_a_module_before_a_norm_is_no_site(part, kind, llm, tmp_path):
+    (vector,) = vectors((1,)).values()
+    torch.save({f"model.layers.1.{part}": vector, "model.layers.2": vector}, tmp_path / "theirs.pt")
+    SteeringVectors({Site(1, kind): vector}).save(tmp_path / "ours.safetensors")
+    theirs = Vectors("demo", str(tmp_path / "theirs.pt"))
+    ours = Vectors("demo", str(tmp_path / "ours.safetensors"))
+    theirs.llm = make_tiny("llama", llm.tokenizer)
+    assert {feature.site for feature in theirs.propose()} == {f"blocks.1.hook_{kind}", "blocks.2.hook_resid_post"}
+    theirs.llm = ours.llm = make_tiny("gemma2", llm.tokenizer)
+    with pytest.raises(UserError, match="1's attention or MLP, but in Gemma2ForCausalLM a norm follows"):
+        theirs.propose()
+    assert [feature.site for feature in ours.propose()] == [f"blocks.1.hook_{kind}"]
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
