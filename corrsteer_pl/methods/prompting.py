@@ -59,6 +59,11 @@ class Prompting(Selecting):
         self.selection: Selection | None = None
         self.snapshots: list[dict[str, Any]] = []
 
+    @property
+    def learnt_from(self) -> int:
+        """The solved examples."""
+        return self.hparams["examples"]
+
     def setup(self, stage: str) -> None:
         """Set up, and see that there is a place for the system message.
 

@@ -59,6 +59,7 @@ def test_the_table_is_that_of_the_outcomes(compared):
     assert (line["ci_low"], line["ci_high"]) == pytest.approx((line["difference"] - half, line["difference"] + half))
     assert line["deviation"] == pytest.approx(statistics.stdev(by_seed))
     assert line["examples"] == 64
+    assert [line["examples"] for line in fitted if line["system"] == "few_shot"] == [4]
     assert line["elsewhere"] is not None
     with (out / "table.csv").open(encoding="utf-8", newline="") as file:
         assert [row["system"] for row in csv.DictReader(file)] == [line["system"] for line in table]
