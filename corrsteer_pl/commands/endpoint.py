@@ -15,7 +15,6 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import BatchEncoding
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -67,8 +66,10 @@ def application(fit: Fit, name: str, api_key: str | None = None) -> FastAPI:
 
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
 
-    @app.exception_handler(StarletteHTTPException)
-    async def tell(_request: Request, error: StarletteHTTPException) -> Response:
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    @app.exception_handler(HTTPException)
+    async def tell(_request: Request, error: HTTPException) -> Response:
         """An error as the OpenAI interface has it."""
         return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
 
