@@ -29,7 +29,7 @@ from corrsteer_pl.errors import one_line
 from corrsteer_pl.methods.runs.loading import Fit
 from corrsteer_pl.models.decoding.decode import Intervention
 from corrsteer_pl.models.llm import LanguageModel
-from corrsteer_pl.models.llm_loading import NEUTRAL
+from corrsteer_pl.models.llm_loading import penalties_off
 
 # What the server of transformers raises at a request that it does not expect.
 MISTAKES = (TypeError, ValueError, LookupError, AttributeError, TemplateError)
@@ -187,7 +187,7 @@ class Checked(BaseHandler):
         settings.seed = body.get("seed")
         if body.get("generation_config") is None:
             # As in a test, whatever the model's own configuration says.
-            settings.update(**NEUTRAL, do_sample=bool(body.get("temperature")))
+            settings.update(**penalties_off(settings), do_sample=bool(body.get("temperature")))
         settings.stop_strings = settings.stop_strings or None
         return settings
 

@@ -106,9 +106,19 @@ def _check_weights(name: str, info: Mapping[str, Any]) -> None:
             )
 
 
+def penalties_off(config: Any) -> dict[str, Any]:
+    """What a generation configuration sets that makes another token than the likeliest be taken, each switched off.
+
+    Example:
+        >>> from transformers import GenerationConfig
+        >>> penalties_off(GenerationConfig()), penalties_off(GenerationConfig(repetition_penalty=1.3))
+        ({}, {'repetition_penalty': 1})
+    """
+    return {option: off for option, off in NEUTRAL.items() if getattr(config, option, None) not in (None, off)}
+
+
 def _warn_of_penalties(name: str, config: Any) -> None:
-    asked = [option for option, off in NEUTRAL.items() if getattr(config, option, None) not in (None, off)]
-    if asked:
+    if asked := penalties_off(config):
         warnings.warn(
             f"the generation configuration of {name} sets {', '.join(asked)}, which is left out: every token is the "
             "likeliest one, so answers can differ from those of transformers' generate.",
