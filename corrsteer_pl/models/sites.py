@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from corrsteer_pl.errors import UserError, choices
 
+# How TransformerLens and SAELens name a site.
+HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 # Names, in decoder blocks, of the parts that write to the residual stream and of the norms after them.
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
@@ -43,7 +45,7 @@ class Site:
         Raises:
             UserError: The name is none of a supported site.
         """
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", hook_name)
+        match = HOOK.fullmatch(hook_name)
         if not match or match[2] not in KINDS:
             raise UserError(
                 f"an SAE declares the hook {hook_name!r}, which cannot be steered here; supported are "
