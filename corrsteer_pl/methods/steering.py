@@ -16,7 +16,7 @@ from corrsteer_pl.methods.answers.calibration import Budget, damage
 from corrsteer_pl.methods.runs.provenance import check_directions, damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import Bar, Choice, Feature, Selection, Strength, choose, measured, reselect
+from corrsteer_pl.selection import Bar, Choice, Feature, Selection, Strength, choose, is_asked_for, measured, reselect
 
 
 class Steering(Selecting):
@@ -213,10 +213,7 @@ class Steering(Selecting):
                 "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
                 f"chosen none for these features (rule {h['rule']}). Give one number, or fit again."
             )
-        left_out = [
-            f.name for f in fitted.features
-            if sign not in ("both", f.sign) or (layers is not None and f.layer not in layers)
-        ]  # fmt: skip
+        left_out = [f.name for f in fitted.features if not is_asked_for(f, sign, layers)]
         if left_out:
             warnings.warn(
                 f"{len(left_out)} of the {len(fitted.features)} features that the fit selected steer nothing here "

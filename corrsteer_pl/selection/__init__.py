@@ -1,7 +1,7 @@
 """From scores to the features that steer: candidates, and the rules that choose among them."""
 
 from corrsteer_pl.selection.feature import SIGNS, Feature, describe, rank
-from corrsteer_pl.selection.fitted import reselect
+from corrsteer_pl.selection.fitted import is_asked_for, reselect
 from corrsteer_pl.selection.record import Selection
 from corrsteer_pl.selection.rules import RULES, Bar, Choice, choose, measured, select
 from corrsteer_pl.selection.strength import Strength, best_strength
@@ -17,6 +17,7 @@ __all__ = [
     "best_strength",
     "choose",
     "describe",
+    "is_asked_for",
     "measured",
     "rank",
     "reselect",

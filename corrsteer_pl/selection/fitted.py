@@ -18,9 +18,7 @@ def reselect(
         UserError: The fit has no such candidates, or has not tested them as the rule needs.
     """
     _require_read(fitted, layers or ())
-    candidates = [
-        f for f in fitted.candidates if sign in ("both", f.sign) and (layers is None or f.layer in layers)
-    ]  # fmt: skip
+    candidates = [f for f in fitted.candidates if is_asked_for(f, sign, layers)]
     bar = bar or Bar()
     _require_usable(fitted, candidates, rule, sign, bar)
     if rule == "greedy":
@@ -29,6 +27,11 @@ def reselect(
     if set(features) == set(fitted.features):
         return replace(fitted, rule=rule, features=features)
     return replace(fitted, rule=rule, features=features, joint_reward=None, steps=(), strengths=())
+
+
+def is_asked_for(feature: Feature, sign: str, layers: Sequence[int] | None) -> bool:
+    """Whether a feature has a sign, ``both`` for any, and is in some layers, None for any."""
+    return sign in ("both", feature.sign) and (layers is None or feature.layer in layers)
 
 
 def _require_read(fitted: Selection, layers: Sequence[int]) -> None:
