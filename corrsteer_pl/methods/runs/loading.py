@@ -108,9 +108,9 @@ class Fit:
         That is a test of the run's own task, at its own strength and positions, without solved examples before a
         question, in which an answer could be any text.
         """
-        if not (self.folder / "selection.json").is_file():
+        found, method = self._run(), self.method
+        if found is None:
             return None
-        found, method = Run.read(self.folder), self.method
         here = {
             **method.options((*method.settings.settled, *method.settings.tested)),
             **{name: self.data.get(name) for name in ("task", "task_args", "system_prompt")},
@@ -124,8 +124,13 @@ class Fit:
 
     def questions(self, count: int) -> list[str]:
         """Prompts of its test; a few sentences if there was none."""
-        test = Run.read(self.folder).test() if (self.folder / "selection.json").is_file() else None
+        found = self._run()
+        test = found.test() if found else None
         return [outcome.prompt for outcome in test.outcomes[:count]] if test else list(SENTENCES[:count])
+
+    def _run(self) -> Run | None:
+        """The folder; None if a checkpoint lies there alone."""
+        return Run.read(self.folder) if (self.folder / "selection.json").is_file() else None
 
 
 def load_fit(run: Path) -> Fit:
