@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation import figures
 from corrsteer_pl.evaluation.figures import Point
-from corrsteer_pl.evaluation.paired import Z_95, side_effect_ratio
+from corrsteer_pl.evaluation.paired import average_over_seeds, side_effect_ratio
+from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.files import read_rows, write_json
 
 CELL = "cell.json"
@@ -93,8 +93,8 @@ class Line:
     reward_baseline: float = 0.0
     reward: float = 0.0
     difference: float = 0.0
-    ci_low: float = 0.0
-    ci_high: float = 0.0
+    ci_low: float | None = None
+    ci_high: float | None = None
     deviation: float | None = None
     side_effect_ratio: float | None = None
     elsewhere: float | None = None
@@ -124,9 +124,7 @@ def _line(all_cells: Sequence[tuple[Path, Cell]]) -> Line:
     cells = [cell for _, cell in all_cells if cell.refused is None]
     if not cells:
         return Line(refused[0].task, refused[0].system, refused=refused[0].refused)
-    each = _differences([folder for folder, cell in all_cells if cell.refused is None])
-    mean = statistics.fmean(each)
-    half = Z_95 * statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    average = average_over_seeds([_differences(folder) for folder, cell in all_cells if cell.refused is None])
     metrics = [cell.metrics or {} for cell in cells]
     by_seed = [m["difference"] for m in metrics]
     others = _elsewhere(cells)
@@ -139,10 +137,10 @@ def _line(all_cells: Sequence[tuple[Path, Cell]]) -> Line:
         return statistics.fmean(getattr(cell, name) for cell in cells)
 
     return Line(
-        task=cells[0].task, system=cells[0].system, seeds=len(cells), n=len(each),
+        task=cells[0].task, system=cells[0].system, seeds=len(cells), n=average.n,
         reward_baseline=statistics.fmean(m["reward_baseline"] for m in metrics),
         reward=statistics.fmean(m["reward_steered"] for m in metrics),
-        difference=mean, ci_low=mean - half, ci_high=mean + half,
+        difference=average.difference, ci_low=average.ci_low, ci_high=average.ci_high,
         deviation=statistics.stdev(by_seed) if len(by_seed) > 1 else None,
         side_effect_ratio=side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
         elsewhere=statistics.fmean(elsewhere.values()) if elsewhere else None,
@@ -152,13 +150,10 @@ def _line(all_cells: Sequence[tuple[Path, Cell]]) -> Line:
     )  # fmt: skip
 
 
-def _differences(folders: Sequence[Path]) -> list[float]:
-    """The paired difference of each question, its mean over the seeds."""
-    found: dict[str, list[float]] = {}
-    for folder in folders:
-        for row in read_rows(folder / "test" / OWN / "outcomes.jsonl"):
-            found.setdefault(row["id"], []).append(row["reward_steered"] - row["reward_baseline"])
-    return [statistics.fmean(some) for some in found.values()]
+def _differences(folder: Path) -> dict[str, float]:
+    """The paired difference of every test example of a cell, by its id."""
+    rows = read_rows(folder / "test" / OWN / "outcomes.jsonl")
+    return {row["id"]: row["reward_steered"] - row["reward_baseline"] for row in rows}
 
 
 def _elsewhere(cells: Sequence[Cell]) -> dict[str, list[Mapping[str, Any]]]:
@@ -218,11 +213,10 @@ def _measured(line: Line) -> str:
 
 
 def _cells(line: Line) -> Iterator[str]:
-    low, high = 100 * line.ci_low, 100 * line.ci_high
     yield line.system
     yield str(line.seeds)
     yield f"{100 * line.reward:.1f}"
-    yield f"{100 * line.difference:+.1f} [{low:.1f}, {high:.1f}]"
+    yield f"{100 * line.difference:+.1f} [{percent(line.ci_low)}, {percent(line.ci_high)}]"
     yield "-" if line.deviation is None else f"± {100 * line.deviation:.1f}"
     yield "-" if line.side_effect_ratio is None else f"{line.side_effect_ratio:.2f}"
     yield "-" if line.elsewhere is None else f"{100 * line.elsewhere:+.1f}"
@@ -252,11 +246,17 @@ def comma_separated(table: Sequence[Line]) -> str:
 def picture(table: Sequence[Line]) -> str:
     """Differences with their intervals, sorted within each task."""
     several = len({line.task for line in table}) > 1
+    # A single test example has no interval, and is drawn as a point.
+    intervals = [
+        (line, line.difference if line.ci_low is None else line.ci_low,
+         line.difference if line.ci_high is None else line.ci_high)
+        for line in table if line.refused is None
+    ]  # fmt: skip
     points = [
         Point(
             f"{line.task}: {line.system}" if several else line.system,
-            100 * line.difference, 100 * line.ci_low, 100 * line.ci_high, line.ci_low > 0,
+            100 * line.difference, 100 * low, 100 * high, low > 0,
         )
-        for line in table if line.refused is None
+        for line, low, high in intervals
     ]  # fmt: skip
     return figures.alone(figures.points(points, "change of the test reward, points, with 95 % intervals", "unchanged"))

@@ -1,7 +1,9 @@
 """Two models on the same samples: difference, interval, test, side effects."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -112,6 +114,49 @@ def paired_metrics(baseline: Tensor, steered: Tensor) -> dict[str, Any]:
         "ser_low": ser_low,
         "ser_high": ser_high,
     }
+
+
+@dataclass(frozen=True)
+class SeedAverage:
+    """A paired comparison over several seeds.
+
+    Attributes:
+        n: Number of test examples.
+        difference: Mean over the test examples of the paired difference, each first averaged over the seeds that
+            tested it; in [-1, 1].
+        ci_low: Lower bound of its large-sample 95 % interval, from the variance between test examples; None for one.
+        ci_high: Upper bound.
+        p_value: Of Wilcoxon's signed-rank test of the averaged differences.
+
+    The interval covers the choice of the test examples. It does not cover the choice of the fit's examples, which the
+    standard deviation over the seeds describes.
+    """
+
+    n: int
+    difference: float
+    ci_low: float | None
+    ci_high: float | None
+    p_value: float
+
+
+def average_over_seeds(differences: Sequence[Mapping[str, float]]) -> SeedAverage:
+    """Combine the paired differences of several seeds, given for each seed by the id of the test example.
+
+    Example:
+        >>> average = average_over_seeds([{"a": 1.0, "b": 0.0}, {"a": 0.0, "c": 0.0}])
+        >>> average.n, round(average.difference, 3)
+        (3, 0.167)
+    """
+    by_id: dict[str, list[float]] = {}
+    for seed in differences:
+        for id, difference in seed.items():
+            by_id.setdefault(id, []).append(difference)
+    averaged = [fmean(values) for values in by_id.values()]
+    n, mean = len(averaged), fmean(averaged)
+    half = Z_95 * stdev(averaged) / math.sqrt(n) if n > 1 else None
+    changed = torch.tensor([value for value in averaged if abs(value) > TOLERANCE], dtype=torch.float64)
+    bounds = (None, None) if half is None else (mean - half, mean + half)
+    return SeedAverage(n, mean, *bounds, p_value=signed_rank_test(changed))
 
 
 def compare_outcomes(outcomes: list[Outcome]) -> dict[str, Any]:

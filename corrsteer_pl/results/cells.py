@@ -56,10 +56,12 @@ class Cell:
         commit: Of the code.
         counts: Samples of fit, validation and test.
         fit_reward: The unchanged model's on the fit split.
-        systems: Name to the paired metrics against the unchanged model, with ``vectors``, how many were added.
+        systems: Name to the paired metrics against the unsteered model, with ``vectors``, how many were added.
         scale: The strength that was chosen on validation for the first rule's selection.
         random: The same of every draw of random features.
-        against: Name of a way of prompting to its paired metrics against the first rule: prompting minus steering.
+        examples: Ids of the test examples.
+        rewards: Name of a system to the reward of each test example; None for a prompt beyond the context.
+        random_rewards: The same of every draw of random features.
         refusing: Name to the reward by the second judge, and how often it agrees with the first.
         damage: Name of a rule to what it does elsewhere.
         features: The selection of the first rule.
@@ -78,7 +80,9 @@ class Cell:
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
     scale: float | None = None
     random: list[dict[str, Any]] = field(default_factory=list)
-    against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    random_rewards: list[list[float]] = field(default_factory=list)
     refusing: dict[str, dict[str, float]] = field(default_factory=dict)
     damage: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: list[dict[str, Any]] = field(default_factory=list)
@@ -195,7 +199,8 @@ class Bench:
             both = [(i, places[e.id]) for i, e in enumerate(data.examples["test"]) if e.id in places]
             plain, asked = (list(rows) for rows in zip(*both, strict=True))
             cell.systems[name] = {**paired_metrics(rewards[0, plain], prompted[asked]), "vectors": 0}
-            cell.against[name] = paired_metrics(rewards[1, plain], prompted[asked])
+            by_example = dict(zip(plain, prompted[asked].tolist(), strict=True))
+            cell.rewards[name] = [by_example.get(i) for i in range(len(cell.examples))]
 
     def _judge_again(
         self,
@@ -250,11 +255,14 @@ class Bench:
 def _compare(
     cell: Cell, data: TaskDataModule, named: dict[str, Vectors], texts: list[list[str]], rewards: Tensor
 ) -> None:
-    """Compare every variant with the unchanged model, and take examples of what the first rule changed."""
+    """Compare every variant with the unsteered model, and take examples of answers that the first rule changed."""
     metrics = [paired_metrics(rewards[0], some) for some in rewards]
     cell.systems = {name: {**m, "vectors": len(v)} for (name, v), m in zip(named.items(), metrics, strict=False)}
     cell.random = metrics[len(named) :]
     examples, gain = data.examples["test"], rewards[1] - rewards[0]
+    cell.examples = [example.id for example in examples]
+    cell.rewards = dict(zip(named, rewards.tolist(), strict=False))
+    cell.random_rewards = rewards[len(named) :].tolist()
     for way, sign in (("worse", -1), ("better", 1)):
         order = (-sign * gain).argsort(stable=True).tolist()
         cell.changed[way] = [

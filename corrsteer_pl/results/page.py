@@ -1,7 +1,6 @@
 """The page of results, in plain words."""
 
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
 from corrsteer_pl.evaluation.tables import percent
@@ -11,7 +10,7 @@ from corrsteer_pl.results.tables import NOTE, table
 
 # From this reward on, or up to one minus it, a task leaves no room to judge by.
 FULL = 0.99
-# p-values below this tell a difference from chance.
+# A difference with a smaller p-value is called significant.
 LEVEL = 0.05
 
 
@@ -25,8 +24,7 @@ def page(plan: Plan, found: dict[str, Any], cells: Sequence[Cell], saes: dict[st
         f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, with "
         f"at most {found['peak_mib']:.0f} MiB of memory, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.{unfinished} "
-        "Nothing was chosen on test prompts. Better or worse: the paired test of a seed has p below "
-        f"{LEVEL:g}; clearly: that of every seed.\n"
+        f"Nothing was chosen on test prompts. Significant: the paired test over all seeds has p below {LEVEL:g}.\n"
     )
     said = {name: f"- {verdict(name, task, rule, plan.tasks[name].note)}" for name, task in found["tasks"].items()}
     lines += ["## What came out\n", *(line for name, line in said.items() if not plan.tasks[name].model)]
@@ -61,8 +59,8 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
             "so nothing was selected."
         )
     words = [f"{name}: unsteered {percent(plain['reward'])} %, `{rule}` {percent(m['reward'])} %"]
-    words.append(_clear("the unsteered model", m["differences"], m["p_values"]))
-    selected, seeds = sum(map(bool, m["vectors"])), len(m["vectors"])
+    words.append(_significance("the unsteered model", m))
+    selected, seeds = m["seeds_selected"], len(m["vectors"])
     if selected < seeds:
         words.append(f"{selected} of {seeds} seeds selected anything")
     if above := task["above_random"]:
@@ -75,27 +73,18 @@ def verdict(name: str, task: dict[str, Any], rule: str, note: str | None = None)
         words.append(f"harmless requests {100 * m['harmless']:+.1f} points")
     shuffled = task["systems"][SHUFFLED]["reward"]
     words.append(f"{100 * (m['reward'] - shuffled):+.1f} points against shuffled rewards")
-    for way, found in task["against"].items():
-        differences, p_values = ([one[key] for one in found] for key in ("difference", "p_value"))
-        apart = _clear("steering", differences, p_values)
-        words.append(f"{way} instead: {apart} ({100 * mean(differences):+.1f} points)")
+    for way, comparison in task["against"].items():
+        words.append(
+            f"{way} instead: {_significance('steering', comparison)} ({100 * comparison['difference']:+.1f} points)"
+        )
     return "; ".join(words) + "."
 
 
-def _clear(what: str, differences: Sequence[float], p_values: Sequence[float]) -> str:
-    """In how many seeds a difference from something is told apart from chance."""
-    seeds = len(differences)
-    pairs = list(zip(differences, p_values, strict=True))
-    counts = {
-        "better": sum(difference > 0 and p < LEVEL for difference, p in pairs),
-        "worse": sum(difference < 0 and p < LEVEL for difference, p in pairs),
-    }
-    said = [
-        f"clearly {way} than {what}" if count == seeds else f"{way} than {what} in {count} of {seeds} seeds"
-        for way, count in counts.items()
-        if count
-    ]
-    return ", ".join(said) or f"not told apart from {what}"
+def _significance(reference: str, m: dict[str, Any]) -> str:
+    """Whether a difference from a reference is significant, over all seeds."""
+    if m["p_value"] >= LEVEL:
+        return f"not significantly different from {reference}"
+    return f"significantly {'better' if m['difference'] > 0 else 'worse'} than {reference}"
 
 
 def _second_judge(found: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ class Store:
         self.folder = folder
 
     def find(self, task: str, seed: int, settings: str) -> Cell | None:
-        """A finished cell; None if there is none, or if it was measured with other settings.
+        """A finished cell; None if there is none, or if it has other settings or no rewards of single examples.
 
         Raises:
             UserError: Its file is damaged.
@@ -37,7 +37,7 @@ class Store:
             cell = Cell(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is no cell of results ({error}). Remove it to measure it again.") from None
-        return cell if cell.settings == settings else None
+        return cell if cell.settings == settings and cell.rewards else None
 
     def keep(self, cell: Cell) -> None:
         """Write a finished cell."""

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from corrsteer_pl.results.cells import RANDOM, UNSTEERED, Cell
+from corrsteer_pl.evaluation.paired import average_over_seeds, side_effect_ratio
+from corrsteer_pl.results.cells import RANDOM, SHOTS, SYSTEM, UNSTEERED, Cell
 from corrsteer_pl.results.picture import Point
 from corrsteer_pl.results.plan import Plan
 
@@ -23,7 +24,7 @@ def summary(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
                     key: _means([cell.refusing[key] for cell in some if key in cell.refusing])
                     for key in _keys(cell.refusing for cell in some)
                 },
-                "against": {key: [cell.against[key] for cell in some] for key in some[0].against},
+                "against": {name: _against(some, name, plan.rules[0]) for name in _prompted(some)},
                 "above_random": [_above_random(cell, plan.rules[0]) for cell in some if cell.random],
                 "seconds": {
                     part: sum(cell.seconds.get(part, 0.0) for cell in some)
@@ -56,27 +57,30 @@ def _keys(some: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
-    """Means over all seeds, of random features over all draws, with their range.
+    """One system over all seeds, random features over all draws as well.
 
-    A seed that selected nothing lacks what is made of a selection: there the model stays as it is.
+    A seed without a selection leaves the model unsteered under every system that is made of a selection.
     """
-    found = [m for cell in cells for m in _measured(cell, system)]
-    rewards = [m["reward_steered"] for m in found]
-    ratios = [m["side_effect_ratio"] for m in found if m["side_effect_ratio"] is not None]
+    metrics = [m for cell in cells for m in _measured(cell, system)]
+    rewards = [m["reward_steered"] for m in metrics]
+    by_seed = [m["difference"] for m in metrics]
+    average = average_over_seeds([by_id for cell in cells for by_id in _differences(cell, system)])
     harmless, losses = _damage(cells, system)
+    vectors = [m.get("vectors") for m in metrics] if system != RANDOM else None
     return {
-        "n": found[0]["n"],
+        "n": average.n,
         "reward": mean(rewards),
-        "deviation": stdev(rewards) if len(rewards) > 1 else None,
         "lowest": min(rewards),
         "highest": max(rewards),
-        "difference": mean(m["difference"] for m in found),
-        "ci_low": mean(m["ci_low"] for m in found),
-        "ci_high": mean(m["ci_high"] for m in found),
-        "differences": [m["difference"] for m in found],
-        "p_values": [m["p_value"] for m in found],
-        "side_effect_ratio": mean(ratios) if ratios else None,
-        "vectors": [m.get("vectors") for m in found] if system != RANDOM else None,
+        "difference": average.difference,
+        "ci_low": average.ci_low,
+        "ci_high": average.ci_high,
+        "p_value": average.p_value,
+        "deviation": stdev(by_seed) if len(by_seed) > 1 else None,
+        "differences": by_seed,
+        "side_effect_ratio": side_effect_ratio(sum(m["worse"] for m in metrics), sum(m["better"] for m in metrics)),
+        "vectors": vectors,
+        "seeds_selected": sum(map(bool, vectors)) if vectors is not None else None,
         "harmless": mean(harmless) if harmless else None,
         "text_loss": mean(losses) if losses else None,
     }
@@ -85,6 +89,32 @@ def _over_seeds(cells: Sequence[Cell], system: str) -> dict[str, Any]:
 def _measured(cell: Cell, system: str) -> list[dict[str, Any]]:
     unsteered = cell.systems[UNSTEERED]
     return cell.random or [unsteered] if system == RANDOM else [cell.systems.get(system, unsteered)]
+
+
+def _differences(cell: Cell, system: str, baseline: str = UNSTEERED) -> list[dict[str, float]]:
+    """Paired differences by test example, one dictionary for a system, one for each draw of random features."""
+    unsteered = cell.rewards[UNSTEERED]
+    before = cell.rewards.get(baseline, unsteered)
+    after = cell.random_rewards or [unsteered] if system == RANDOM else [cell.rewards.get(system, unsteered)]
+    return [
+        {
+            id: steered - plain
+            for id, plain, steered in zip(cell.examples, before, rewards, strict=True)
+            if plain is not None and steered is not None
+        }
+        for rewards in after
+    ]
+
+
+def _prompted(cells: Sequence[Cell]) -> list[str]:
+    """The systems that change the prompt instead of steering."""
+    return [name for name in _keys(cell.rewards for cell in cells) if name == SYSTEM or name.endswith(f" {SHOTS}")]
+
+
+def _against(cells: Sequence[Cell], system: str, rule: str) -> dict[str, Any]:
+    """A way of prompting compared with the first rule on the same test examples: prompting minus steering."""
+    average = average_over_seeds([by_id for cell in cells for by_id in _differences(cell, system, rule)])
+    return {"difference": average.difference, "p_value": average.p_value}
 
 
 def _above_random(cell: Cell, rule: str) -> bool:
@@ -110,4 +140,5 @@ def points(found: dict[str, Any]) -> Iterable[Point]:
     for name, task in found["tasks"].items():
         for system, m in task["systems"].items():
             if system != UNSTEERED:
-                yield Point(name, system, 100 * m["difference"], 100 * m["ci_low"], 100 * m["ci_high"])
+                bounds = (m["difference"] if m[bound] is None else m[bound] for bound in ("ci_low", "ci_high"))
+                yield Point(name, system, 100 * m["difference"], *(100 * bound for bound in bounds))

@@ -6,10 +6,11 @@ from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.results.cells import RANDOM, SHOTS, SHUFFLED, SYSTEM, UNSTEERED
 from corrsteer_pl.results.plan import Plan
 
-HEADER = (
-    "| task | system | seeds | n | reward | difference [95 %] | p | SER | vectors | harmless | text loss |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|\n"
-)
+COLUMNS = (
+    "task", "system", "seeds", "n", "reward", "difference [95 %]", "over seeds", "p", "SER", "selected", "harmless",
+    "text loss",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -21,34 +22,35 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _line(name: str, system: str, task: dict[str, Any], m: dict[str, Any]) -> str:
-    reward = percent(m["reward"])
-    if system == RANDOM:
-        reward = _spread(m)
-    elif m["deviation"] is not None:
-        reward += f" ± {percent(m['deviation'])}"
-    plain = system == UNSTEERED
-    difference = "" if plain else _difference(m)
-    p = "" if plain or system == RANDOM else ", ".join(f"{p:.1g}" for p in m["p_values"])
+    unsteered = system == UNSTEERED
+    seeds = len(task["seeds"])
+    reward = _spread(m) if system == RANDOM else percent(m["reward"])
+    difference = "" if unsteered else _difference(m)
+    deviation = "" if unsteered else _deviation(m)
+    p = "" if unsteered else f"{m['p_value']:.1g}"
     ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
-    vectors = ", ".join(str(v) for v in m["vectors"]) if m["vectors"] and any(m["vectors"]) else ""
+    selected = "" if not m["seeds_selected"] else f"{m['seeds_selected']} of {seeds}"
     harmless = "" if m["harmless"] is None else f"{100 * m['harmless']:+.1f}"
     loss = "" if m["text_loss"] is None else f"{m['text_loss']:+.2f}"
-    cells = (name, system, len(task["seeds"]), m["n"], reward, difference, p, ratio, vectors, harmless, loss)
+    cells = (name, system, seeds, m["n"], reward, difference, deviation, p, ratio, selected, harmless, loss)
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
 NOTE = (
-    "\nReward in percent of the test prompts, mean over seeds ± deviation; the difference from the unsteered model "
-    "with the mean of the paired 95 % intervals; p of every seed. Random features: mean (range) over all draws, with "
-    "the coefficients and layers of the first rule's selection. Shuffled rewards: the same fit with the rewards of all "
-    "prompts permuted, validated on true ones. SER: share of changed rewards that fell. Harmless: change of the "
-    "reward on harmless requests. Text loss: change in nats per token on plain text, steered at every position.\n"
+    "\nReward: percent, mean over the seeds. n: test examples of all seeds, each counted once. Difference: from the "
+    "unsteered model, in percentage points, each test example averaged over the seeds that tested it, with the 95 % "
+    "interval over test examples. Over seeds: standard deviation of the difference. p: Wilcoxon's signed-rank test of "
+    "the averaged differences. SER: share of changed rewards that fell, pooled over the seeds. Selected: seeds that "
+    "selected any feature. Random features: mean (range) over all draws, with the coefficients and layers of the first "
+    "rule's selection. Shuffled rewards: the same fit with the rewards of all prompts permuted, validated on true "
+    "ones. Harmless: change of the reward on harmless requests. Text loss: change in nats per token on plain text, "
+    "steered at every position.\n"
 )
 
 
 SHORT = (
-    "| task | seeds | n | unsteered | steered | difference [95 %] | SER | random features | shuffled rewards "
-    "| system prompt | shots |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| task | seeds (selected) | n | unsteered | steered | difference [95 %] | over seeds | SER | random features "
+    "| shuffled rewards | system prompt | shots |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -67,12 +69,14 @@ def short_table(plan: Plan, found: dict[str, Any]) -> str:
         others = [systems[key]["reward"] if key in systems else None for key in (SHUFFLED, SYSTEM, f"{shots} {SHOTS}")]
         ratio = "" if m["side_effect_ratio"] is None else f"{m['side_effect_ratio']:.2f}"
         cells = (
-            name, len(task["seeds"]), m["n"], percent(systems[UNSTEERED]["reward"]), percent(m["reward"]),
-            _difference(m), ratio, random, *(percent(reward) for reward in others),
+            name, f"{len(task['seeds'])} ({m['seeds_selected']})", m["n"], percent(systems[UNSTEERED]["reward"]),
+            percent(m["reward"]), _difference(m), _deviation(m), ratio, random, *(percent(reward) for reward in others),
         )  # fmt: skip
         text += f"| {' | '.join(map(str, cells))} |\n"
     return text + (
-        f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over the seeds. "
+        f"\n{plan.title}, rule `{plan.rules[0]}`, reward in percent, mean over the seeds. Selected: seeds that "
+        "selected any feature. Over seeds: standard deviation of the difference. SER: share of changed rewards that "
+        "fell. "
         f"Measured at commit {found['commit']} on {found['machine']}, {found['dtype']}, by "
         f"`python -m corrsteer_pl.results --config results/{plan.name}.yaml`.\n"
     )
@@ -80,6 +84,10 @@ def short_table(plan: Plan, found: dict[str, Any]) -> str:
 
 def _difference(m: dict[str, Any]) -> str:
     return f"{100 * m['difference']:+.1f} [{percent(m['ci_low'])}, {percent(m['ci_high'])}]"
+
+
+def _deviation(m: dict[str, Any]) -> str:
+    return "" if m["deviation"] is None else f"± {percent(m['deviation'])}"
 
 
 def _spread(m: dict[str, Any]) -> str:

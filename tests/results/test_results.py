@@ -102,7 +102,8 @@ def test_finished_cells_are_kept_and_the_rest_is_measured(tmp_path, monkeypatch)
     assert "**late**" in tried
     short = short_table(Plan.read(tmp_path / "plan.yaml"), found)
     assert [line.split(" | ")[:2] for line in short.splitlines() if line.startswith("| ")][1:] == [
-        ["| qa", "2"], ["| refusal", "1"]
+        ["| qa", f"2 ({qa['systems']['foreach']['seeds_selected']})"],
+        ["| refusal", f"1 ({found['tasks']['refusal']['systems']['foreach']['seeds_selected']})"],
     ]  # fmt: skip
     for text in ("the demo", "### refusal", "2 shots instead", "Answers that changed", "makes likelier"):
         assert text in page
@@ -213,17 +214,17 @@ def test_log_odds_are_those_of_the_softmax(llm):
     assert (found[0] - found[1]).abs().min() > 0.01
 
 
-def metrics(reward, differences=(0.0,), p_values=(1.0,), vectors=(1,)):
+def metrics(reward, difference=0.0, p_value=1.0, vectors=(1,)):
     return {
-        "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "differences": list(differences),
-        "p_values": list(p_values), "vectors": list(vectors), "difference": 0.0, "harmless": -0.02,
+        "reward": reward, "lowest": reward, "highest": reward, "deviation": None, "difference": difference,
+        "p_value": p_value, "vectors": list(vectors), "seeds_selected": sum(map(bool, vectors)), "harmless": -0.02,
     }  # fmt: skip
 
 
 def test_the_verdict_follows_the_figures():
     systems = {
         UNSTEERED: metrics(0.5),
-        "foreach": metrics(0.6, [0.1], [0.01]),
+        "foreach": metrics(0.6, 0.1, 0.01),
         SHUFFLED: metrics(0.5),
         RANDOM: metrics(0.7),
     }
@@ -231,29 +232,32 @@ def test_the_verdict_follows_the_figures():
         "fit_rewards": [0.4],
         "above_random": [False],
         "systems": systems,
-        "against": {"system prompt": [{"difference": 0.2, "p_value": 0.001}]},
+        "against": {"system prompt": {"difference": 0.2, "p_value": 0.001}},
     }
     said = verdict("t", task, "foreach")
-    assert "clearly better than the unsteered model; not above all draws" in said
+    assert "significantly better than the unsteered model; not above all draws" in said
     assert said.startswith("**t**: unsteered 50.0 %")
     assert "harmless requests -2.0 points" in said
     assert verdict("t", task, "foreach", "as asked").startswith("**t** (as asked): unsteered")
-    assert "system prompt instead: clearly better than steering (+20.0 points)" in said
-    systems["foreach"] = metrics(0.5, [0.3, -0.2, 0.1, 0.0], [0.01, 0.04, 0.07, 1.0])
+    assert "system prompt instead: significantly better than steering (+20.0 points)" in said
+    systems["foreach"] = metrics(0.5, -0.2, 0.04, vectors=(1, 0))
     task["above_random"] = [False, True]
     said = verdict("t", task, "foreach")
-    assert "better than the unsteered model in 1 of 4 seeds, worse than the unsteered model in 1 of 4 seeds;" in said
+    assert "significantly worse than the unsteered model; 1 of 2 seeds selected anything;" in said
     assert "above all draws of random features in 1 of 2 seeds" in said
-    systems["foreach"] = metrics(0.5, [0.3], [0.06])
+    systems["foreach"] = metrics(0.5, 0.3, 0.06)
     task["above_random"] = [False, False]
     said = verdict("t", task, "foreach")
-    assert "not told apart from the unsteered model; not above all draws of random features in any of 2 seeds" in said
+    assert (
+        "not significantly different from the unsteered model; not above all draws of random features in any of 2 seeds"
+        in said
+    )
     systems["foreach"] = metrics(0.5, vectors=(0,))
     assert "nothing was selected" in verdict("t", task, "foreach")
     assert "nothing to correlate with" in verdict("t", {**task, "fit_rewards": [0.0]}, "foreach")
     systems[UNSTEERED] = metrics(0.0)
-    systems["foreach"] = metrics(0.9, [0.9], [0.0])
-    assert "clearly better than the unsteered model" in verdict("t", task, "foreach")
+    systems["foreach"] = metrics(0.9, 0.9, 0.0)
+    assert "significantly better than the unsteered model" in verdict("t", task, "foreach")
     systems[UNSTEERED] = systems["foreach"] = metrics(1.0)
     assert "nothing to judge by" in verdict("t", task, "foreach")
 
@@ -350,8 +354,10 @@ def test_tables_are_made_of_finished_cells_without_the_model(tmp_path, monkeypat
     )
     m = {**paired_metrics(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])), "vectors": 1}
     store = Store(tmp_path / "cells")
+    rewards = {UNSTEERED: [0.0, 1.0], "foreach": [1.0, 1.0], SHUFFLED: [1.0, 1.0]}
     for seed in plan.seeds:
-        store.keep(Cell("t", seed, plan.settings("t"), systems={UNSTEERED: m, "foreach": m, SHUFFLED: m}))
+        systems = dict.fromkeys(rewards, m)
+        store.keep(Cell("t", seed, plan.settings("t"), systems=systems, examples=["a", "b"], rewards=rewards))
     results.run(plan, store, tmp_path / "out")
     assert json.loads((tmp_path / "out/table.json").read_text(encoding="utf-8"))["tasks"]["t"]["seeds"] == [0, 1, 2]
     assert "](../out/differences.svg)" in page.read_text(encoding="utf-8")
@@ -363,7 +369,9 @@ def test_seeds_with_and_without_a_selection_are_brought_together():
     one = {**paired_metrics(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])), "vectors": 1}
     none = {**paired_metrics(*[torch.tensor([0.0, 1.0, 1.0])] * 2), "vectors": 0}
     judged = {"reward": 0.5, "agreement": 1.0, "log_odds": 0.0}
-    empty = Cell("t", 0, fit_reward=0.5, systems={UNSTEERED: none, "foreach": none, SHUFFLED: none})
+    unsteered, examples = [0.0, 1.0, 1.0], ["a", "b", "c"]
+    empty = Cell("t", 0, fit_reward=0.5, systems={UNSTEERED: none, "foreach": none, SHUFFLED: none}, examples=examples)
+    empty.rewards = dict.fromkeys((UNSTEERED, "foreach", SHUFFLED), unsteered)
     empty.refusing = {UNSTEERED: judged}
     damage = {
         UNSTEERED: {"harmless": None, "text_loss": 3.0},
@@ -373,7 +381,8 @@ def test_seeds_with_and_without_a_selection_are_brought_together():
     empty.seconds, whole_seconds = {"fit": 1.0}, {"fit": 2.0, "strength": 3.0}
     whole = Cell(
         "t", 1, fit_reward=0.5, systems={UNSTEERED: none, "foreach": one, TRIED: one, SHUFFLED: none}, random=[none],
-        refusing={TRIED: judged}, damage=damage, seconds=whole_seconds,
+        refusing={TRIED: judged}, damage=damage, seconds=whole_seconds, examples=examples,
+        rewards={**empty.rewards, "foreach": [1.0] * 3, TRIED: [1.0] * 3}, random_rewards=[unsteered],
     )  # fmt: skip
     for cells in ([empty, whole], [whole, empty]):
         systems = summary(plan, cells)["tasks"]["t"]["systems"]
@@ -423,4 +432,5 @@ def test_prompts_beyond_the_context_are_counted_nowhere(fitted, shots, most, mon
     assert 0 < fitting < 24
     assert cell.systems["global"]["n"] == cell.counts["test"] == (24 if shots else fitting)
     if shots:
-        assert cell.systems["1 shots"]["n"] == cell.against["1 shots"]["n"] == fitting
+        assert cell.systems["1 shots"]["n"] == fitting
+        assert sum(reward is not None for reward in cell.rewards["1 shots"]) == fitting
