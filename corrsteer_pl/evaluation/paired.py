@@ -153,10 +153,12 @@ def average_over_seeds(differences: Sequence[Mapping[str, float]]) -> SeedAverag
             by_id.setdefault(id, []).append(difference)
     averaged = [fmean(values) for values in by_id.values()]
     n, mean = len(averaged), fmean(averaged)
-    half = Z_95 * stdev(averaged) / math.sqrt(n) if n > 1 else None
     changed = torch.tensor([value for value in averaged if abs(value) > TOLERANCE], dtype=torch.float64)
-    bounds = (None, None) if half is None else (mean - half, mean + half)
-    return SeedAverage(n, mean, *bounds, p_value=signed_rank_test(changed))
+    p_value = signed_rank_test(changed)
+    if n == 1:
+        return SeedAverage(n, mean, None, None, p_value)
+    half = Z_95 * stdev(averaged) / math.sqrt(n)
+    return SeedAverage(n, mean, mean - half, mean + half, p_value)
 
 
 def compare_outcomes(outcomes: list[Outcome]) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def _differences(cell: Cell, system: str, baseline: str = UNSTEERED) -> list[dic
     """Paired differences by test example, one dictionary for a system, one for each draw of random features."""
     unsteered = cell.rewards[UNSTEERED]
     before = cell.rewards.get(baseline, unsteered)
-    after = cell.random_rewards or [unsteered] if system == RANDOM else [cell.rewards.get(system, unsteered)]
+    after: Sequence[Sequence[float | None]] = (
+        cell.random_rewards or [unsteered] if system == RANDOM else [cell.rewards.get(system, unsteered)]
+    )
     return [
         {
             id: steered - plain
