@@ -1,5 +1,6 @@
 """What the options of CorrSteer may be."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,9 +98,9 @@ def check_adapter(h: Mapping[str, Any]) -> None:
     if h["adapter_layers"] == []:
         raise UserError("model.adapter_layers is empty. Name blocks, or leave it out for the default.")
     for name in ("lr", "alpha"):
-        if h[name] is not None and h[name] <= 0:
+        if h[name] is not None and not 0 < h[name] < math.inf:
             raise UserError(f"model.{name} is {h[name]}; it is a number above 0.")
-    if h["weight_decay"] < 0:
+    if not 0 <= h["weight_decay"] < math.inf:
         raise UserError(f"model.weight_decay is {h['weight_decay']}; it is a number from 0 on.")
 
 

@@ -1,5 +1,6 @@
 """CRISP: unlearn a concept by training an adapter that quietens the SAE features which are salient in its texts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,13 +11,14 @@ from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.errors import NothingToLearn, UserError
+from corrsteer_pl.errors import NothingToLearn, UserError, choices
 from corrsteer_pl.evaluation.tables import percent
 from corrsteer_pl.interventions.adapter import Lora
 from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.methods.adapting import Adapting
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_adapter
+from corrsteer_pl.methods.crisp_losses import LOSSES
 from corrsteer_pl.methods.runs.provenance import check_saes, damaged
 from corrsteer_pl.models.alignment import alignments, judge_alignments
 from corrsteer_pl.models.llm import positions_of
@@ -37,15 +39,15 @@ SHOWN = 5
 
 
 class Crisp(Adapting):
-    """Trains low-rank matrices so that features which fire on target texts, and hardly on retain texts, fall silent.
+    """Trains a LoRA adapter that suppresses SAE features which fire on target texts and hardly on retain texts.
 
     ``data.fit_on`` names labelled texts: those with a positive label are the target, the others are to be retained. A
-    first pass sums how often and how strongly every feature fires on either; the second pass trains, with the loss
-    ``(1 - beta) * unlearn + beta * retain + gamma * coherence``. *Unlearn* is the mean activation of the salient
-    features on target tokens, and ``lam`` times that of what is left of them before the threshold where they fired in
-    the unchanged model; *retain* and *coherence* are mean squared differences of the residual from the unchanged
-    model's, at the SAEs' sites on retain texts, and after the last block on a few of these. The unchanged model is the
-    same one with its adapter switched off. Validation and test compare answers of ``data.task``.
+    first pass sums how often and how strongly every feature fires on either. The second pass trains with
+    ``(1 - beta) * unlearn + beta * retain + weight * coherence``. *Unlearn* is the activation of the salient features
+    on target tokens, see ``loss``. *Retain* is the mean squared difference from the unchanged model of the residual at
+    the SAEs' sites, on retain texts. *Coherence* is the same difference at the end of the model, on a few retain texts.
+    All three are means over tokens without padding and BOS. The unchanged model is the same one with its adapter
+    switched off. Validation and test compare answers of ``data.task``.
 
     Args:
         llm: Path or Hub id of a causal language model, or ``demo``.
@@ -56,9 +58,15 @@ class Crisp(Adapting):
         k: How many salient features of each layer at most.
         least_ratio: How many times as strong a salient feature has to be on target texts.
         counts: ``rates`` compares firing per token, ``counts`` plain counts, as the paper does.
-        beta: Share of the loss that is for retaining, in [0, 1].
+        beta: Weight of retain in the loss; unlearn has ``1 - beta``. In [0, 1].
         gamma: Weight of coherence, at least 0.
-        lam: Weight of what is left before the threshold, at least 0.
+        lam: Weight of the second part of unlearn, at least 0; what it multiplies depends on ``loss``.
+        loss: Form of the loss. ``paper``: sum of the salient activations plus ``lam`` times the mean activation of all
+            features (eq. 9), coherence after the final norm with weight ``gamma``. ``authors``, as in the public code:
+            mean of the positive salient activations, with ``lam`` times the absolute mean of all features added before
+            the activation function where a feature fires in the unchanged model; coherence after the final norm with
+            weight ``beta * gamma``. ``ours``: mean of the salient activations plus ``lam`` times their values before
+            the threshold where they fire in the unchanged model; coherence before the final norm with weight ``gamma``.
         adapter_layers: Blocks that get low-rank matrices, from 0; None for all up to the last of ``layers``.
         rank: Their rank.
         alpha: Their strength, of which ``alpha / rank`` counts; None for twice the rank.
@@ -86,7 +94,19 @@ class Crisp(Adapting):
     """
 
     settings = Settings(
-        settled=("k", "least_ratio", "counts", "beta", "gamma", "lam", "site", "adapter_layers", "rank", "alpha"),
+        settled=(
+            "k",
+            "least_ratio",
+            "counts",
+            "loss",
+            "beta",
+            "gamma",
+            "lam",
+            "site",
+            "adapter_layers",
+            "rank",
+            "alpha",
+        ),
         resumed=("dtype", "sae_dtype", "layers", "lr", "weight_decay", "dropout"),
         tested=("dtype", "llm_args"),
     )
@@ -104,6 +124,7 @@ class Crisp(Adapting):
         beta: float = 0.99,
         gamma: float = 0.01,
         lam: float = 30.0,
+        loss: Literal["paper", "authors", "ours"] = "paper",
         adapter_layers: list[int] | None = None,
         rank: int = 8,
         alpha: int | None = None,
@@ -146,6 +167,8 @@ class Crisp(Adapting):
         self.datamodule.examples["train"] = interleaved(examples)
         options = h["site"], h["sae_id"], h["sae_dtype"], h["sae_offload"], h["sae_revision"]
         self.saes = load_saes(h["saes"], self.llm, h["layers"], *options)
+        for sae in self.saes.values():
+            sae.require_columns()
         self._identity, self.salient = saes_identity(h["saes"], self.saes), {}
         self._coherent = [e for e in examples if e.gold == RETAIN]
         super().begin()
@@ -165,7 +188,10 @@ class Crisp(Adapting):
         if not self.salient:
             self.salience = self._summed()
             self.salient = self._chosen(self.salience)
-        self._columns = {layer: self.saes[layer].columns(indices) for layer, indices in self.salient.items() if indices}
+        self._indices = {
+            layer: torch.tensor(indices, device=self.saes[layer].sae.device)
+            for layer, indices in self.salient.items() if indices
+        }  # fmt: skip
 
     @torch.no_grad()
     def _summed(self) -> dict[int, Salience]:
@@ -213,28 +239,30 @@ class Crisp(Adapting):
         """The three losses of a batch of target and retain texts."""
         ids, mask, target, counted = self._tokens(batch)
         positions = positions_of(mask)
-        with torch.no_grad(), self._residuals(self._columns) as before:
+        with torch.no_grad(), self._residuals(self._indices) as before:
             self.llm.forward(ids, mask, positions)
-        with self.own.active(training=True), self._residuals(self._columns) as after:
+        with self.own.active(training=True), self._residuals(self._indices) as after:
             self.llm.forward(ids, mask, positions)
         unlearn = self._unlearn(before, after, counted & target.unsqueeze(1))
         retain = self._distance(before, after, counted & ~target.unsqueeze(1))
         coherence = self._coherence()
-        h = self.hparams
-        loss = (1 - h["beta"]) * unlearn + h["beta"] * retain + h["gamma"] * coherence
+        beta, gamma = self.hparams["beta"], self.hparams["gamma"]
+        weight = LOSSES[self.hparams["loss"]].coherence_weight(beta, gamma)
+        loss = (1 - beta) * unlearn + beta * retain + weight * coherence
         for name, value in {"loss": loss, "unlearn": unlearn, "retain": retain, "coherence": coherence}.items():
             self.log_loss(name, value)
         return loss
 
     def _unlearn(self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor], counted: Tensor) -> Tensor:
-        """Mean over target tokens and salient features of what is active, and of what is left where they fired."""
-        total = torch.zeros((), device=self.device)
-        for layer, columns in self._columns.items():
-            site = self.saes[layer].site
-            left, active = columns(after[site][counted])  # (tokens, k) each
-            fired = columns(before[site][counted])[1] > 0
-            total = total + (active + self.hparams["lam"] * left * fired).mean(1).sum().to(self.device)
-        return self.mean_over_processes(total / len(self._columns), counted.sum())
+        """Mean over layers of the unlearning term at target tokens."""
+        unlearning, mean = LOSSES[self.hparams["loss"]].unlearning, torch.zeros((), device=self.device)
+        for layer, salient in self._indices.items():
+            sae = self.saes[layer]
+            # Hidden states can be on other devices than the batch.
+            at = counted.to(after[sae.site].device)
+            total, count = unlearning(sae, salient, before[sae.site][at], after[sae.site][at], self.hparams["lam"])
+            mean = mean + self.mean_over_processes(total.to(self.device), count.to(self.device))
+        return mean / len(self._indices)
 
     def _distance(self, before: Mapping[Site, Tensor], after: Mapping[Site, Tensor], counted: Tensor) -> Tensor:
         """Mean squared difference of the residual at counted tokens, over sites."""
@@ -245,18 +273,26 @@ class Crisp(Adapting):
         return self.mean_over_processes(total / len(after), counted.sum())
 
     def _coherence(self) -> Tensor:
-        """The same after the last block, on a few retain texts, the same on all processes and in every resumed fit."""
+        """The same at the end of the model, on a few retain texts, the same on all processes and in a resumed fit."""
         first = self.counted
         some = [self._coherent[(first + i) % len(self._coherent)] for i in range(min(COHERENT, len(self._coherent)))]
         rows = [self.datamodule.token_ids(example, self.datamodule.fit_task) for example in some]
         ids, mask = (tensor.to(self.device) for tensor in self.llm.left_pad(rows))
-        positions, last = positions_of(mask), Site(self.llm.config.num_hidden_layers - 1, "resid_post")
-        with torch.no_grad(), _read(self.llm.model, [last]) as before:
-            self.llm.forward(ids, mask, positions)
-        with self.own.active(training=True), _read(self.llm.model, [last]) as after:
-            self.llm.forward(ids, mask, positions)
-        counted = mask.bool() & self.llm.is_text(ids)
-        return (after[last][counted].float() - before[last][counted].float()).square().mean()
+        with torch.no_grad():
+            before = self._final(ids, mask)
+        with self.own.active(training=True):
+            after = self._final(ids, mask)
+        counted = (mask.bool() & self.llm.is_text(ids)).to(after.device)
+        return (after[counted].float() - before[counted].float()).square().mean().to(self.device)
+
+    def _final(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states ``(batch, sequence, d_model)`` that coherence compares."""
+        if LOSSES[self.hparams["loss"]].after_final_norm:
+            return self.llm.final_hidden(ids, mask, positions_of(mask))
+        last = Site(self.llm.config.num_hidden_layers - 1, "resid_post")
+        with _read(self.llm.model, [last]) as hidden:
+            self.llm.forward(ids, mask, positions_of(mask))
+        return hidden[last]
 
     def _residuals(self, layers: Mapping[int, Any]) -> Any:
         return _read(self.llm.model, [self.saes[layer].site for layer in layers])
@@ -361,12 +397,15 @@ def interleaved(examples: Sequence[Example]) -> list[Example]:
 
 
 def _check_values(h: Mapping[str, Any]) -> None:
+    for name, allowed in {"loss": tuple(LOSSES), "counts": ("rates", "counts")}.items():
+        if h[name] not in allowed:
+            raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(allowed)}.")
     if h["k"] < 1:
         raise UserError(f"model.k is {h['k']}; it is a number of features, at least 1.")
     if not 0 <= h["beta"] <= 1:
         raise UserError(f"model.beta is {h['beta']}; it is a share of the loss, from 0 to 1.")
     for name in ("gamma", "lam", "least_ratio"):
-        if h[name] < 0:
+        if not 0 <= h[name] < math.inf:
             raise UserError(f"model.{name} is {h[name]}; it is a number from 0 on.")
     if h["layers"] == []:
         raise UserError("model.layers is empty. Name layers, or leave it out for all that have an SAE.")

@@ -217,13 +217,19 @@ class LanguageModel:
 
     def forward(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, last: int = 1) -> Tensor:
         """One pass over tokens ``(batch, sequence)``; logits ``(batch, last, vocabulary)`` of the last positions."""
+        return self._output(ids, mask, positions, cache, last).logits[:, -last:]
+
+    def final_hidden(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states after the model's final norm, ``(batch, sequence, d_model)``."""
+        return self._output(ids, mask, positions, output_hidden_states=True).hidden_states[-1]
+
+    def _output(self, ids: Tensor, mask: Any, positions: Tensor, cache: Any = None, last: int = 1, **more: Any) -> Any:
         # As a number it would make a view of strided rows, whose product with the head is far slower in bfloat16.
         kept = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device)
         optional = {"position_ids": positions, "logits_to_keep": kept}
         known = {name: value for name, value in optional.items() if name in self._accepts}
         known[self.cache_name] = cache
-        output = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **known)
-        return output.logits[:, -last:]
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **known, **more)
 
     @property
     def cache_name(self) -> str:

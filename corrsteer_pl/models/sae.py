@@ -97,11 +97,11 @@ class SparseAutoencoder:
             case _:
                 return activations
 
-    def columns(self, indices: Sequence[int]) -> "Columns":
-        """Some features alone.
+    def require_columns(self) -> str:
+        """The name of the architecture, whose features have to be functions of their encoder columns.
 
         Raises:
-            UserError: The architecture's features cannot be told from encoder columns.
+            UserError: They are not.
         """
         kind = self.sae.cfg.architecture()
         if kind not in WITH_COLUMNS:
@@ -109,6 +109,15 @@ class SparseAutoencoder:
                 f"the SAE {self.name} has the architecture {kind}, of which single features cannot be trained on. "
                 f"Choose SAEs of one of {choices(WITH_COLUMNS)}."
             )
+        return kind
+
+    def columns(self, indices: Sequence[int]) -> "Columns":
+        """Some features alone.
+
+        Raises:
+            UserError: The architecture's features cannot be told from encoder columns.
+        """
+        kind = self.require_columns()
         some, device = list(indices), self.sae.device
         weight, bias = self.sae.W_enc.detach()[:, some], self.sae.b_enc.detach()[some]
         threshold = self.sae.threshold.detach()[some] if kind == "jumprelu" else torch.zeros_like(bias)
@@ -116,6 +125,31 @@ class SparseAutoencoder:
             norms = self.sae.W_dec.detach()[some].norm(dim=-1).to(bias.device)
             weight, bias = weight * norms, bias * norms
         return Columns(self, weight.to(device), bias.to(device), threshold.to(device))
+
+    def pre_activations(self, residual: Tensor) -> Tensor:
+        """Values of all features before the activation function, with gradients to the residual.
+
+        Shape:
+            - residual: ``(..., d_model)``.
+            - returns ``(..., d_sae)``, in the units in which the SAE computes.
+
+        Raises:
+            UserError: The architecture has no such values, see :meth:`require_columns`.
+        """
+        self.require_columns()
+        inputs = self.inputs(residual)
+        with at_hand(self.sae, self.sae.device, without=unneeded(self.sae)):
+            pre = self.sae.process_sae_in(inputs) @ self.sae.W_enc.detach() + self.sae.b_enc.detach()
+            return pre * self.sae.W_dec.detach().norm(dim=-1) if _rescales(self.sae) else pre
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Activations from :meth:`pre_activations`, both ``(..., d_sae)``."""
+        with at_hand(self.sae, self.sae.device, without=("W_enc", "W_dec")):
+            activations = self.sae.activation_fn(pre)
+            activations = activations.to_dense() if activations.is_sparse else activations
+            if self.sae.cfg.architecture() == "jumprelu":
+                return activations * (pre > self.sae.threshold.detach())
+            return activations
 
     def reconstruct(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction ``(..., d_model)`` of residuals, and how many features are active ``(...)``."""
