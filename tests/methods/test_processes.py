@@ -245,9 +245,10 @@ def test_fits_at_once_in_one_folder_all_end_well(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_an_adapter_as_one_does_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("loss", ["paper", "authors"])
+def test_two_processes_train_an_adapter_as_one_does_with_twice_the_batch(loss, tmp_path):
     small = ["--data.train_size=150", "--data.val_size=16", "--trainer.enable_progress_bar=false"]
-    fit = ["fit", "--config", "demo_crisp.yaml", *small]
+    fit = ["fit", "--config", "demo_crisp.yaml", f"--model.loss={loss}", *small]
     run_here(*fit, "--data.batch_size=16", "--trainer.default_root_dir=one", cwd=tmp_path)
     forked(*fit, "--data.batch_size=8", *TWO, "--trainer.default_root_dir=two", cwd=tmp_path, ranks=2)
     curves = []
