@@ -63,7 +63,8 @@ class LanguageModel:
 
         Args:
             name: What to load; a GGUF file, with the extra ``gguf``, is a local one or ``owner/repository/file.gguf``
-                on the Hub. Its weights become plain ones of the given ``dtype``.
+                on the Hub. Its weights become plain ones of the given ``dtype``. An adapter of peft is merged into
+                the base model that it names.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             revision: Branch, tag or commit on the Hub.
             attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None for the model's default.

@@ -17,6 +17,14 @@ from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.gguf import dequantisation, is_gguf, source
+from corrsteer_pl.models.peft_loading import (
+    MERGE_FIRST,
+    PeftAdapter,
+    check_tokenizer,
+    find_adapter,
+    merge_adapter,
+    require_merged,
+)
 
 # Options of a generation configuration that change greedy choices, each with its value that changes nothing.
 NEUTRAL = {
@@ -41,7 +49,7 @@ def pretrained(
     quantize: int | None = None,
     **placement: Any,
 ) -> tuple[Any, Any]:
-    """A frozen model with all its weights and no others, and its tokenizer.
+    """A frozen model with all its weights and no others, and its tokenizer; an adapter is merged into its base model.
 
     Options are those of :meth:`corrsteer_pl.models.llm.LanguageModel.load`; of ``placement``, None leaves the default.
 
@@ -55,15 +63,72 @@ def pretrained(
     if Path(path).is_absolute() and not Path(path).exists() and not is_gguf(path):
         raise UserError(f"the model {name!r} does not exist. Set model.llm to a folder or GGUF file that does.")
     options = {option: value for option, value in placement.items() if value is not None}
-    if quantize is not None:
-        options["quantization_config"] = _quantization(quantize, path)
-    elif is_gguf(path):
-        options |= dequantisation()
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model, tokenizer, info = _read(name, path, shared, {"dtype": DTYPES[dtype], **options})
-    _check_weights(name, info)
+    model, tokenizer = _loaded(name, path, shared, {"dtype": DTYPES[dtype], **options}, quantize)
+    require_merged(model, name)
     _warn_of_penalties(name, model.generation_config)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _loaded(
+    name: str,
+    path: str,
+    shared: dict[str, Any],
+    options: Mapping[str, Any],
+    quantize: int | None,
+    adapters: tuple[str, ...] = (),
+) -> tuple[Any, Any]:
+    """Model and tokenizer; ``adapters`` are the names of those whose base model is loaded, to find a circle."""
+    adapter = None if is_gguf(path) else find_adapter(path, shared["revision"])
+    if adapter is not None:
+        return _merged(adapter, shared, options, quantize, adapters)
+    quantization: dict[str, Any] = {}
+    if quantize is not None:
+        quantization = {"quantization_config": _quantization(quantize, path)}
+    elif is_gguf(path):
+        quantization = dequantisation()
+    model, tokenizer, info = _read(name, path, shared, {**options, **quantization})
+    _check_weights(name, info)
+    return model, tokenizer
+
+
+def _merged(
+    adapter: PeftAdapter,
+    shared: dict[str, Any],
+    options: Mapping[str, Any],
+    quantize: int | None,
+    adapters: tuple[str, ...],
+) -> tuple[Any, Any]:
+    """The base model of an adapter with the adapter in its weights, and the tokenizer of the adapter, if it has one."""
+    if find_spec("peft") is None:
+        raise UserError(
+            f"model.llm is {adapter.name}, an adapter, which needs the 'peft' extra: pip install 'corrsteer_pl[peft]'."
+        )
+    if quantize is not None:
+        raise UserError(
+            f"model.llm_args.quantize is {quantize}, but {adapter.name} is an adapter, whose base model has to keep "
+            f"its weights. Leave it out. Or: {MERGE_FIRST}"
+        )
+    if adapter.name in adapters:
+        raise UserError(f"the adapters {choices(adapters)} are each other's base models. {MERGE_FIRST}")
+    base = {**shared, "revision": adapter.base_revision}
+    try:
+        model, tokenizer = _loaded(adapter.base, adapter.base, base, options, None, (*adapters, adapter.name))
+    except UserError as error:
+        raise UserError(f"the base model of the adapter {adapter.name} cannot be used: {error}") from error
+    if adapter.has_tokenizer:
+        try:
+            own = AutoTokenizer.from_pretrained(adapter.name, **shared)
+        except (*LOADING_ERRORS, *UNREADABLE) as error:
+            raise UserError(
+                f"the tokenizer of the adapter {adapter.name} cannot be read ({type(error).__name__}). Save it again, "
+                "or remove its files, to use that of the base model."
+            ) from error
+        check_tokenizer(adapter, own, tokenizer)
+        tokenizer = own
+    model = merge_adapter(model, adapter, len(tokenizer) if adapter.has_tokenizer else 0)
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = adapter.name
+    return model, tokenizer
 
 
 def _read(name: str, path: str, shared: dict[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any, Any]:
