@@ -181,6 +181,7 @@ def context(run: Run, test: Test | None, record: Mapping[str, Any]) -> dict[str,
         "verdict": verdict(run, test),
         "method": run.method,
         "classes": words_of(run),
+        "strength_name": _strength_name(run),
         "searches": selection.null_max_correlation is not None,
         "missing": missing(run, test, record),
         "commands": commands(run, test),
@@ -193,6 +194,13 @@ def context(run: Run, test: Test | None, record: Mapping[str, Any]) -> dict[str,
         "record": record,
         "shown": SHOWN,
     }
+
+
+def _strength_name(run: Run) -> str:
+    """What the coefficient of a feature is."""
+    if run.method != "rosi":
+        return "coefficient"
+    return "alpha" if run.edit_unit == "alpha" else "strength, % of the weights"
 
 
 def _pictures(run: Run, test: Test | None) -> dict[str, str | None]:

@@ -98,6 +98,12 @@ class Run:
         return Path(name).name if Path(name).is_absolute() else name
 
     @property
+    def edit_unit(self) -> str:
+        """How the strength of an edit of the weights is measured: ``percent`` or ``alpha``."""
+        record = self.folder / "edit.json"
+        return str(_json(record)["edit"].get("unit", "percent")) if record.is_file() else "percent"
+
+    @property
     def place(self) -> str:
         """The folder as it can be written into a command, from where the report was asked for."""
         return self.beside("")

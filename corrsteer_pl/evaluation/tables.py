@@ -14,7 +14,7 @@ MEANINGS = {
     "difference": "difference: distance of the means of right and wrong answers",
     "length": "length: Euclidean norm of the vector",
     "separation": "index: position from the end of the prompt; separation: squared distance of the means of both "
-    "classes, in units of the squared distance from them; coefficient: strength in percent of the weights",
+    "classes, in units of the squared distance from them; coefficient: strength in units of model.unit",
 }
 
 

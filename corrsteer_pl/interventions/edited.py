@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_atomically, write_json
-from corrsteer_pl.interventions.rank_one import FORMS, Edit
+from corrsteer_pl.interventions.rank_one import FORMS, UNITS, Edit
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.writers import writers
 
@@ -56,8 +56,10 @@ class EditRecord:
             ValueError: The edit cannot be one.
         """
         edit = Edit(**plain["edit"])
-        if edit.direction.ndim != 1 or not edit.direction.isfinite().all() or edit.form not in FORMS:
-            raise ValueError("its edit has no usable direction or form")
+        if edit.direction.ndim != 1 or not edit.direction.isfinite().all():
+            raise ValueError("its edit has no usable direction")
+        if edit.form not in FORMS or edit.unit not in UNITS:
+            raise ValueError(f"its edit has the form {edit.form!r} and the unit {edit.unit!r}")
         return cls(**{**plain, "edit": edit})
 
     def write(self, folder: Path) -> None:

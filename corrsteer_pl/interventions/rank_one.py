@@ -15,9 +15,10 @@ from corrsteer_pl.models.decoding.branches import Run
 from corrsteer_pl.models.writers import Writer, mean_share, writers
 
 FORMS = ("row_mean", "projection")
+# How a strength is measured: in percent of each matrix's Frobenius norm, or as one alpha for all matrices.
+UNITS = ("percent", "alpha")
 # A matrix with a smaller share in the mean of its rows is mean-centred, but for rounding.
 CENTRED = 1e-4
-# The strengths are percent of a matrix's Frobenius norm.
 PERCENT = 0.01
 
 
@@ -30,20 +31,28 @@ class Edit:
 
     Attributes:
         direction: s, ``(d_model,)`` float32 of norm 1.
-        strength: Frobenius norm of the change, in percent of that of W.
+        strength: Size of the change, in ``unit``.
         form: ``row_mean`` or ``projection``.
+        unit: ``percent``: the strength is the Frobenius norm of the change, in percent of that of W, so that alpha
+            differs from matrix to matrix. ``alpha``: the strength is alpha, the same for all matrices.
 
     Source:
-        ROSI, arXiv 2508.20766, whose strength and form ``row_mean`` this has in units of the matrix.
+        ROSI, arXiv 2508.20766, eq. 6, which is the form ``row_mean`` with the unit ``alpha``.
     """
 
     direction: Tensor
     strength: float
     form: str
+    unit: str = "percent"
+
+    def __str__(self) -> str:
+        """What the edit is, as the subject of a sentence."""
+        size = f"of {self.strength:g} % of the weights" if self.unit == "percent" else f"with alpha {self.strength:g}"
+        return f"an edit {size}"
 
     def alpha(self, matrix: Tensor) -> float:
         """The factor for a matrix ``(d_model, d_in)``; 0 where there is nothing to scale."""
-        return self.strength * unit(matrix, self.direction, self.form)
+        return self.strength * alpha_of_one(matrix, self.direction, self.form, self.unit)
 
     def change(self, matrix: Tensor) -> Tensor:
         """What is added to a matrix, ``(d_model, d_in)`` float32 of rank one.
@@ -60,8 +69,13 @@ class Edit:
         return self.alpha(matrix) * torch.outer(direction, row)
 
 
-def unit(matrix: Tensor, direction: Tensor, form: str) -> float:
-    """The factor alpha by which a change has one percent of a matrix's norm; 0 where no factor gives it that."""
+def alpha_of_one(matrix: Tensor, direction: Tensor, form: str, unit: str = "percent") -> float:
+    """The factor alpha of an edit with strength 1.
+
+    With the unit ``percent``, the change has one percent of the matrix's norm; 0 where no factor gives it that.
+    """
+    if unit == "alpha":
+        return 1.0
     matrix = matrix.float()
     if form == "row_mean":
         row, least = matrix.mean(0), CENTRED * matrix.norm() / matrix.shape[0] ** 0.5
@@ -92,7 +106,7 @@ class EditedOutputs:
 
     Args:
         model: The language model.
-        edits: One per variant; None for the unchanged model. All have one form.
+        edits: One per variant; None for the unchanged model. All have one form and one unit.
 
     Attributes:
         most_together: How many variants can share a forward pass: any number.
@@ -112,7 +126,7 @@ class EditedOutputs:
         units: dict[int, float] = {}
         for edit in self.edits:
             if edit is not None and id(edit.direction) not in units:
-                units[id(edit.direction)] = unit(writer.matrix, edit.direction, edit.form)
+                units[id(edit.direction)] = alpha_of_one(writer.matrix, edit.direction, edit.form, edit.unit)
         return torch.tensor([0.0 if e is None else e.strength * units[id(e.direction)] for e in self.edits])
 
     def __len__(self) -> int:
@@ -122,7 +136,7 @@ class EditedOutputs:
     def described(self, variant: int) -> str | None:
         """What a variant does, as the subject of a sentence; None if it changes nothing."""
         edit = self.edits[variant]
-        return None if edit is None or edit.strength == 0 else f"an edit of {edit.strength:g} % of the weights"
+        return None if edit is None or edit.strength == 0 else str(edit)
 
     def groups(self, size: int) -> Iterator[Self]:
         """The variants in groups of ``size``, the last filled up with the unchanged model."""

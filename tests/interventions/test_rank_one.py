@@ -7,7 +7,7 @@ import torch
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.interventions.edited import EditedWeights, EditRecord
-from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs, unit, warn_of_centred
+from corrsteer_pl.interventions.rank_one import Edit, EditedOutputs, alpha_of_one, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.llm import positions_of
@@ -153,7 +153,7 @@ def test_centred_matrices_are_told_and_left_alone(llm):
     matrix = writers(other.model)[0].matrix
     assert mean_share(matrix) < 1e-6
     assert edit_of(WIDTH, 8.0, "row_mean").change(matrix).abs().max() == 0
-    assert unit(matrix, edit_of(WIDTH).direction, "projection") > 0
+    assert alpha_of_one(matrix, edit_of(WIDTH).direction, "projection") > 0
 
 
 def test_models_that_are_not_centred_are_not_warned_of(llm):
