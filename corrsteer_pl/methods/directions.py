@@ -1,14 +1,19 @@
 """From requests of two classes to the edits of ROSI that are tried."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.interventions.rank_one import Edit
+from corrsteer_pl.interventions.rank_one import Edit, alpha_of_one
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import Feature
+from corrsteer_pl.models.writers import writers
+from corrsteer_pl.selection import Feature, Strength
 from corrsteer_pl.stats import ClassMeans
 from corrsteer_pl.tasks import Example
 
@@ -16,46 +21,85 @@ from corrsteer_pl.tasks import Example
 REFUSE, COMPLY = "refuse", "comply"
 
 
+# A search starts from these strengths, in percent of a matrix's norm.
+FIRST_PERCENT = (1.0, 4.0, 16.0)
+# The largest strength of an edit in percent of a matrix's norm.
+MOST_PERCENT = 100.0
+
+
 @dataclass(frozen=True)
-class Tried:
-    """An edit that was tried in validation.
+class Direction:
+    """A difference of class means that was normalised.
 
     Attributes:
-        feature: Its direction, as a candidate whose index is the position from the end, and whose coefficient is the
-            strength.
+        feature: The direction as a candidate, whose index is the position from the end.
+        vector: The direction, ``(d_model,)`` float32 of norm 1.
+    """
+
+    feature: Feature
+    vector: Tensor
+
+    def tried(self, strength: float, form: str, unit: str) -> "Tried":
+        """The edit with this direction and strength."""
+        return Tried(replace(self.feature, coefficient=strength), Edit(self.vector, strength, form, unit))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An edit that is tried in validation.
+
+    Attributes:
+        feature: Its direction as a candidate, whose coefficient is the strength.
         edit: The edit.
+        cost: What it reaches, and what it costs on harmless requests; None before it was measured.
     """
 
     feature: Feature
     edit: Edit
+    cost: Strength | None = None
 
 
-def grid(means: ClassMeans, layers: Sequence[int], strengths: Sequence[float], topm: int, form: str) -> list[Tried]:
-    """The ``topm`` directions that separate the classes best, each with every strength in ascending order.
+def best_directions(means: ClassMeans, layers: Sequence[int], topm: int) -> list[Direction]:
+    """The ``topm`` directions that separate the classes best, in descending order of the separation.
 
     Args:
         means: Sums of harmful and harmless requests, by layer and position.
         layers: The layers.
-        strengths: Sizes of the change in percent.
         topm: Number of directions.
-        form: That of the edits.
     """
     separation, differences = means.separation, means.difference
     positions = separation.shape[1]
-    found = []
+    directions = []
     for place in separation.flatten().argsort(descending=True, stable=True)[:topm].tolist():
         at = divmod(place, positions)
         direction = torch.nn.functional.normalize(differences[at], dim=0)
         harmless, harmful = (means.means[:, at[0], at[1]] @ direction).tolist()
-        layer, direction = layers[at[0]], direction.float().cpu()
-        for strength in sorted(map(float, strengths)):
-            feature = Feature(
-                layer=layer, site=str(Site(layer, "resid_post")), index=positions - at[1], sign="positive",
-                coefficient=strength, correlation=None, score=separation[at].item(), active_right=1.0,
-                active_wrong=1.0, mean_right=harmful, mean_wrong=harmless,
-            )  # fmt: skip
-            found.append(Tried(feature, Edit(direction, strength, form)))
-    return found
+        layer = layers[at[0]]
+        feature = Feature(
+            layer=layer, site=str(Site(layer, "resid_post")), index=positions - at[1], sign="positive",
+            coefficient=0.0, correlation=None, score=separation[at].item(), active_right=1.0,
+            active_wrong=1.0, mean_right=harmful, mean_wrong=harmless,
+        )  # fmt: skip
+        directions.append(Direction(feature, direction.float().cpu()))
+    return directions
+
+
+def first_strengths(model: Any, direction: Tensor, form: str, unit: str) -> list[float]:
+    """The strengths from which a search starts.
+
+    For the unit ``alpha`` they are multiplied by the power of two next to the alpha that changes the median matrix by
+    one percent, because that alpha depends on the width of the model and on the form.
+    """
+    if unit == "percent":
+        return list(FIRST_PERCENT)
+    alphas = [alpha for w in writers(model) if (alpha := alpha_of_one(w.matrix, direction, form)) > 0]
+    factor = 2.0 ** round(math.log2(median(alphas))) if alphas else 1.0
+    return [factor * strength for strength in FIRST_PERCENT]
+
+
+def curve_of(name: str, unchanged: Strength, tried: Sequence[Tried]) -> list[Strength]:
+    """What the edits along a direction reach and cost, after that of the unchanged model."""
+    return [unchanged, *(one.cost for one in tried if one.feature.name == name and one.cost is not None)]
 
 
 def best_of_each(features: Sequence[Feature], allowed: Sequence[Feature]) -> list[Feature]:

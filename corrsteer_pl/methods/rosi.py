@@ -1,5 +1,6 @@
 """ROSI: amplify the direction between harmful and harmless requests in the weights, by a rank-one edit."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,18 +14,23 @@ from torch import Tensor
 from corrsteer_pl.data import Batch, TaskDataModule
 from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
 from corrsteer_pl.interventions.edited import EditedWeights, EditRecord, remove_record
-from corrsteer_pl.interventions.rank_one import FORMS, Edit, EditedOutputs, warn_of_centred
+from corrsteer_pl.interventions.rank_one import FORMS, UNITS, Edit, EditedOutputs, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.methods.answers.answering import answered
-from corrsteer_pl.methods.answers.calibration import Budget, divergences, losses, prompts_of
+from corrsteer_pl.methods.answers.calibration import Budget, divergences, losses, prompts_of, warn_of_edge
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.directions import (
     COMPLY,
+    FIRST_PERCENT,
+    MOST_PERCENT,
     REFUSE,
+    Tried,
+    best_directions,
     best_of_each,
     common_ending,
-    grid,
+    curve_of,
+    first_strengths,
     preference,
     require_both,
 )
@@ -35,7 +41,7 @@ from corrsteer_pl.models.decoding.decode import Decoder
 from corrsteer_pl.models.llm import positions_of
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.models.writers import writers
-from corrsteer_pl.selection import Feature, Selection, Strength, measured
+from corrsteer_pl.selection import Selection, Strength, measured, search_strengths
 from corrsteer_pl.stats import ClassMeans
 from corrsteer_pl.tasks import Example
 
@@ -43,7 +49,8 @@ from corrsteer_pl.tasks import Example
 EARLY = 0.8
 # Prompts that are compared to see which tokens come after the instruction.
 COMPARED = 64
-STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# Directions for which a search goes on after the first strengths.
+SEARCHED = 2
 
 
 class RosiInspection(Inspection):
@@ -56,9 +63,9 @@ class RosiInspection(Inspection):
 
     @property
     def variants(self) -> int:
-        """The unchanged model and the grid of directions and strengths."""
+        """The unchanged model, and each direction with each of the strengths that are tried first."""
         h = self.method.hparams
-        return 1 + h["topm"] * len(h["strengths"] or STRENGTHS)
+        return 1 + h["topm"] * len(h["strengths"] or FIRST_PERCENT)
 
 
 class Rosi(Selecting):
@@ -66,7 +73,7 @@ class Rosi(Selecting):
 
     A fit reads each request of a refusal task once, answers none, and sums the residual after every block at the
     positions between the instruction and the answer. Differences of the class means are the directions. Validation
-    tries those that separate best with every strength, as hooks, and chooses the best reward within a budget on
+    tries those that separate best with several strengths, as hooks, and chooses the best reward within a budget on
     harmless requests; a test compares the model with its edited weights. The weights on disk stay as they are:
     ``export`` writes edited ones.
 
@@ -74,8 +81,11 @@ class Rosi(Selecting):
         llm: Path or Hub id of a causal language model, or ``demo``.
         form: ``row_mean``: add ``alpha * mean(W x) * s`` along the direction s, as the paper does, which has the sign
             of that mean. ``projection``: ``alpha * (s . W x) * s``, which has the sign of what is there already.
-        strengths: Sizes of the change that are tried, in percent of each matrix's Frobenius norm; 0.25, 0.5, 1, 2, 4
-            and 8 unless given.
+        unit: How strengths are measured. ``percent``: of each matrix's Frobenius norm. ``alpha``: as the one factor
+            alpha for all matrices that the paper's eq. 6 has.
+        strengths: Strengths that are tried, and no others; a warning tells if the best is at an edge of the list. None
+            for a search: 1, 4 and 16 percent (or alphas of about that size), then for the two best directions twice or
+            half of the best while that is at an edge and within the budget, then midpoints around the best.
         layers: Blocks after which directions are taken, from 0; None for those in the first four fifths.
         positions: At most how many of the last prompt tokens give directions; fewer if prompts do not share so many.
         topm: How many directions are tried, those that separate the classes best.
@@ -103,7 +113,7 @@ class Rosi(Selecting):
 
     inspection = RosiInspection
     settings = Settings(
-        settled=("form", "extraction_prompt"),
+        settled=("form", "unit", "extraction_prompt"),
         resumed=("dtype", "layers", "positions"),
         tested=("scale", "dtype", "llm_args"),
     )
@@ -112,6 +122,7 @@ class Rosi(Selecting):
         self,
         llm: str,
         form: Literal["row_mean", "projection"] = "row_mean",
+        unit: Literal["percent", "alpha"] = "percent",
         strengths: list[float] | None = None,
         layers: list[int] | None = None,
         positions: int = 5,
@@ -194,19 +205,32 @@ class Rosi(Selecting):
             self.llm.forward(ids, mask, positions_of(mask))
         return torch.stack([found[layer][:, -last:].float().to(ids.device) for layer in self.layers], dim=1)
 
-    # ---------------------------------------------------------------- validate: a grid of directions and strengths
+    # ---------------------------------------------------------------- validate: directions and strengths
 
     def tried(self) -> EditedOutputs:
-        """The unchanged model, and the directions that separate best with each strength."""
+        """The unchanged model, and the directions that separate best with each of the first strengths."""
         if not self.counted or not self.sums.merged:
             raise self.unfitted()
         self.sums.merge()
         h = self.hparams
-        strengths = h["strengths"] or STRENGTHS
         seen_both = bool((self.means.n > 0).all())
-        self._tried = grid(self.means, self.layers, strengths, h["topm"], h["form"]) if seen_both else []
-        self._variants = EditedOutputs(self.llm.model, [None, *(tried.edit for tried in self._tried)])
+        directions = best_directions(self.means, self.layers, h["topm"]) if seen_both else []
+        self._directions = {direction.feature.name: direction for direction in directions}
+        strengths: list[float] = []
+        if directions:
+            strengths = h["strengths"] or first_strengths(self.llm.model, directions[0].vector, h["form"], h["unit"])
+        pairs = [(name, float(strength)) for name in self._directions for strength in sorted(set(strengths))]
+        self._first = self._edits(pairs)
+        self._variants = self._outputs(self._first)
         return self._variants
+
+    def _edits(self, pairs: Sequence[tuple[str, float]]) -> list[Tried]:
+        """The edits of pairs of a direction's name and a strength."""
+        h = self.hparams
+        return [self._directions[name].tried(strength, h["form"], h["unit"]) for name, strength in pairs]
+
+    def _outputs(self, tried: Sequence[Tried]) -> EditedOutputs:
+        return EditedOutputs(self.llm.model, [None, *(one.edit for one in tried)])
 
     @property
     def means(self) -> ClassMeans:
@@ -215,37 +239,82 @@ class Rosi(Selecting):
 
     def conclude(self, rewards: Tensor) -> None:
         """Choose the edit with the best reward within the budget; of equal ones the weakest."""
-        if not self._tried:
+        if not self._first:
             if self.has_seen_all:
                 raise NothingToLearn("the fit has seen requests of one kind only. Fit on more, or do not end it early.")
             return
-        features = measured([tried.feature for tried in self._tried], rewards)
-        costs = self._costs(rewards)
-        baseline = rewards[0].mean().item()
-        allowed = [i for i in range(len(features)) if self.budget.allows(costs[i + 1])]
-        best = min(allowed, key=lambda i: preference(features[i]), default=None)
-        if best is not None and (features[best].validation_reward or 0.0) <= baseline:
-            best = None
-        self.record = None if best is None else EditRecord.of(self._tried[best].edit, self.llm)
-        chosen = None if best is None else features[best]
-        self.selection = self._described(features, costs, chosen, baseline).marked()
-        self.take_snapshot(baseline, baseline if chosen is None else chosen.validation_reward or 0.0)
-        del self._tried, self._variants
-
-    def _costs(self, rewards: Tensor) -> list[Strength]:
-        """Of each variant what it reaches, and what it costs on harmless requests."""
         data = self.budget.prompts(self.datamodule)
+        unchanged, tried = self._measured(self._first, self._variants, rewards, data)
+        names = list(dict.fromkeys(one.feature.name for one in sorted(tried, key=self._order)))
+        if self.hparams["strengths"] is None:
+            tried += self._searched(names[:SEARCHED], unchanged, tried, data)
+        allowed = [one for one in tried if one.cost and self.budget.allows(one.cost)]
+        best = min(allowed, key=lambda one: preference(one.feature), default=None)
+        if best is not None and (best.feature.validation_reward or 0.0) <= unchanged.reward:
+            best = None
+        shown = names[0] if best is None else best.feature.name
+        if self.hparams["strengths"] is not None and self.has_seen_all:
+            most = MOST_PERCENT if self.hparams["unit"] == "percent" else math.inf
+            remedy = ", or leave it out for a search"
+            warn_of_edge("model.strengths", curve_of(shown, unchanged, tried), self.budget, remedy, most)
+        self.record = None if best is None else EditRecord.of(best.edit, self.llm)
+        self.selection = self._described(tried, unchanged, best, shown).marked()
+        reached = unchanged.reward if best is None else best.feature.validation_reward or 0.0
+        self.take_snapshot(unchanged.reward, reached)
+        del self._first, self._variants
+
+    def _order(self, tried: Tried) -> tuple[bool, tuple[float, float, float]]:
+        """By which directions are searched: those within the budget first, then by preference."""
+        return not (tried.cost and self.budget.allows(tried.cost)), preference(tried.feature)
+
+    def _searched(
+        self, names: Sequence[str], unchanged: Strength, tried: Sequence[Tried], data: TaskDataModule
+    ) -> list[Tried]:
+        """Further strengths of some directions."""
+        further: list[Tried] = []
+
+        def measure(pairs: list[tuple[str, float]]) -> list[Strength]:
+            edits = self._edits(pairs)
+            variants = self._outputs(edits)
+            _, measured_edits = self._measured(edits, variants, self.try_also(variants), data)
+            further.extend(measured_edits)
+            return [one.cost for one in measured_edits if one.cost]
+
+        curves = {name: curve_of(name, unchanged, tried) for name in names}
+        most = MOST_PERCENT if self.hparams["unit"] == "percent" else math.inf
+        search_strengths(curves, measure, self.budget.allows, most)
+        return further
+
+    def _measured(
+        self, tried: Sequence[Tried], variants: EditedOutputs, rewards: Tensor, data: TaskDataModule
+    ) -> tuple[Strength, list[Tried]]:
+        """What the unchanged model reaches, and the edits with what they reach and cost.
+
+        Args:
+            tried: The edits.
+            variants: The unchanged model and the edits.
+            rewards: Of the variants on the validation split, ``(variants, n)``.
+            data: Prompts of the budget.
+        """
+        features = measured([one.feature for one in tried], rewards)
+        unchanged, *costs = self._costs([one.edit.strength for one in tried], variants, rewards, data)
+        edits = [replace(one, feature=f, cost=c) for one, f, c in zip(tried, features, costs, strict=True)]
+        return unchanged, edits
+
+    def _costs(
+        self, sizes: Sequence[float], variants: EditedOutputs, rewards: Tensor, data: TaskDataModule
+    ) -> list[Strength]:
+        """Of each variant what it reaches, and what it costs on harmless requests."""
         decoder = Decoder(self.llm, data.task.max_new_tokens, None, self.candidate_batch_size)
-        kl = divergences(decoder, self._harmless(data), self._variants)
+        kl = divergences(decoder, self._harmless(data), variants)
         if data is self.datamodule:
             kept = torch.tensor([example.gold == COMPLY for example in data.examples["validation"]])
             harmless = rewards[:, kept].mean(1)
             loss = (harmless[0] - harmless).tolist()
         else:
             data.task.load(str(self.device))
-            loss = losses(answered(decoder, data.task, data), self._harmless(data), self._variants)
-        sizes = [0.0, *(tried.edit.strength for tried in self._tried)]
-        found = zip(sizes, rewards.mean(1).tolist(), kl, loss, strict=True)
+            loss = losses(answered(decoder, data.task, data), self._harmless(data), variants)
+        found = zip([0.0, *sizes], rewards.mean(1).tolist(), kl, loss, strict=True)
         return [Strength(scale, reward, kl=divergence, loss=fall) for scale, reward, divergence, fall in found]
 
     def _harmless(self, data: TaskDataModule) -> Iterator[Batch]:
@@ -254,22 +323,27 @@ class Rosi(Selecting):
             kept = torch.tensor([float(example.gold == COMPLY) for example in batch.examples])
             yield replace(batch, weight=batch.weight * kept).to(self.device)
 
-    def _described(
-        self, features: Sequence[Feature], costs: Sequence[Strength], best: Feature | None, baseline: float
-    ) -> Selection:
-        """What was chosen; the strongest edit of each direction within the budget is a candidate, all are ranked."""
-        allowed = [f for f, cost in zip(features, costs[1:], strict=True) if self.budget.allows(cost)]
-        shown = best or min(features, key=preference)
-        curve = [cost for f, cost in zip(features, costs[1:], strict=True) if f.name == shown.name]
+    def _described(self, tried: Sequence[Tried], unchanged: Strength, best: Tried | None, shown: str) -> Selection:
+        """What was chosen; the best edit of each direction within the budget is a candidate, all are ranked.
+
+        Args:
+            tried: The edits.
+            unchanged: What the unchanged model reaches.
+            best: The chosen edit; None if nothing improved.
+            shown: Name of the direction whose strengths are listed.
+        """
+        features = [one.feature for one in tried]
+        allowed = [one.feature for one in tried if one.cost and self.budget.allows(one.cost)]
+        curve = sorted(curve_of(shown, unchanged, tried), key=lambda strength: strength.scale)
         return Selection(
             rule="global",
-            features=() if best is None else (best,),
-            joint_reward=baseline if best is None else best.validation_reward,
-            scale=0.0 if best is None else best.coefficient,
-            strengths=(costs[0], *curve),
+            features=() if best is None else (best.feature,),
+            joint_reward=unchanged.reward if best is None else best.feature.validation_reward,
+            scale=0.0 if best is None else best.edit.strength,
+            strengths=tuple(curve),
             candidates=tuple(best_of_each(features, allowed)),
             ranking=tuple(features),
-            baseline_reward=baseline,
+            baseline_reward=unchanged.reward,
             samples=self.counted,
             reward=0.0,
             null_max_correlation=None,
@@ -294,7 +368,7 @@ class Rosi(Selecting):
         if edit is None:
             return Switched([None, None])
         weights = EditedWeights(self.llm.model, edit)
-        return Switched([None, (f"an edit of {edit.strength:g} % of the weights", weights.applied)])
+        return Switched([None, (str(edit), weights.applied)])
 
     @property
     def size(self) -> int:
@@ -340,11 +414,14 @@ class Rosi(Selecting):
 
 
 def _check_values(h: Mapping[str, Any]) -> None:
-    if h["form"] not in FORMS:
-        raise UserError(f"model.form is {h['form']!r}; choose one of {choices(FORMS)}.")
-    for strength in h["strengths"] or STRENGTHS:
-        if not 0 < strength <= 100:
+    for name, values in (("form", FORMS), ("unit", UNITS)):
+        if h[name] not in values:
+            raise UserError(f"model.{name} is {h[name]!r}; choose one of {choices(values)}.")
+    for strength in h["strengths"] or ():
+        if h["unit"] == "percent" and not 0 < strength <= MOST_PERCENT:
             raise UserError(f"model.strengths has {strength}; strengths are percentages above 0 and at most 100.")
+        if not 0 < strength < math.inf:
+            raise UserError(f"model.strengths has {strength}; an alpha is a finite number above 0.")
     if h["strengths"] == [] or h["layers"] == []:
         name = "strengths" if h["strengths"] == [] else "layers"
         raise UserError(f"model.{name} is empty. Name some, or leave it out.")

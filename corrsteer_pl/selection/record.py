@@ -86,7 +86,7 @@ class Selection:
         if self.strengths and self.scale == 0:
             return [
                 "no strength of model.scale that keeps within model.budget beats the unsteered model on validation, so "
-                "the strength that was chosen is 0, which changes nothing. Try weaker ones, or another rule."
+                "the chosen strength is 0, which changes nothing. Set model.scale to auto, or choose another rule."
             ]
         return [self.overshoot] if self.overshoot else []
 

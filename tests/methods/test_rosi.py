@@ -20,6 +20,9 @@ from corrsteer_pl.models.writers import writers
 from corrsteer_pl.stats import ClassMeans
 from tests.conftest import make_trainer
 
+# Short lists keep these fits fast; the best strength may be at an edge of them.
+pytestmark = pytest.mark.filterwarnings("ignore:model.strengths.*of the list")
+
 SMALL = {"train_size": 96, "val_size": 48, "test_size": 60}
 QUICK = {"form": "projection", "strengths": [2.0, 4.0], "topm": 2, "layers": [2, 3]}
 

@@ -1,6 +1,8 @@
 """How strongly a selection steers: the best reward in validation that stays within a budget of damage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,7 +14,7 @@ from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.methods.answers.answering import Answering, answered
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.options import check_options, import_paths
-from corrsteer_pl.selection import Strength
+from corrsteer_pl.selection import Strength, best_strength, beyond_edge
 from corrsteer_pl.strategy import all_reduce_sum
 
 # Where a budget's prompts may come from, beside its limits.
@@ -70,6 +72,14 @@ class Budget:
         pairs = ((strength.kl, self.kl), (strength.loss, self.loss))
         return all(limit is None or (found is not None and found <= limit) for found, limit in pairs)
 
+    def used(self, strength: Strength) -> str:
+        """How much of each limit a strength uses, as part of a sentence."""
+        pairs = (("KL", strength.kl, self.kl), ("loss", strength.loss, self.loss))
+        parts = [
+            f"{name} {value:.2g} of at most {limit:g}" for name, value, limit in pairs if None not in (value, limit)
+        ]
+        return f"with {' and '.join(parts)}" if parts else "without a budget"
+
     def prompts(self, like: TaskDataModule) -> TaskDataModule:
         """Data of the prompts on which damage is measured, read and ready; ``like`` itself if no other is named."""
         if not self.data:
@@ -79,6 +89,33 @@ class Budget:
         other.trainer = like.trainer
         other.setup("validate")
         return other
+
+
+def warn_of_edge(
+    option: str, curve: Sequence[Strength], budget: Budget, remedy: str = "", most: float = math.inf
+) -> None:
+    """Warn if the best of a given list of strengths is at an edge of the list, so that a better one may lie beyond.
+
+    Args:
+        option: Name of the option that holds the list.
+        curve: What was measured, strength 0 included.
+        budget: The limits.
+        remedy: What else the user can do than to extend the list, as the end of a sentence.
+        most: The largest strength that the option takes.
+    """
+    beyond = beyond_edge(curve, budget.allows, most)
+    if beyond is None:
+        return
+    same_sign = [strength for strength in curve if strength.scale * beyond > 0]
+    edge = min(same_sign, key=lambda strength: abs(strength.scale - beyond))
+    end, missing = ("largest", "stronger") if abs(beyond) > abs(edge.scale) else ("smallest", "weaker")
+    best = best_strength(curve, budget.allows)
+    role = "is the best on validation" if best == edge else "leaves the unchanged model the best on validation"
+    warnings.warn(
+        f"{option}: {edge.scale:g}, the {end} of the list, {role}, {budget.used(edge)}; {missing} ones were not tried. "
+        f"Add {beyond:g} to the list{remedy}.",
+        stacklevel=2,
+    )
 
 
 def prompts_of(data: Mapping[str, Any], option: str) -> Mapping[str, Any]:
@@ -97,18 +134,26 @@ def prompts_of(data: Mapping[str, Any], option: str) -> Mapping[str, Any]:
     return data
 
 
-def damage(method: Any, budget: Budget, variants: Intervention) -> dict[str, list[float]]:
+def damage(
+    method: Any, budget: Budget, variants: Intervention, data: TaskDataModule | None = None
+) -> dict[str, list[Any]]:
     """What each variant costs, by the limits of a budget; the first variant is the unchanged model.
 
     Every process must call it.
+
+    Args:
+        method: The method.
+        budget: The limits.
+        variants: What is measured.
+        data: The budget's prompts, if they were read before.
     """
     if budget.kl is None and budget.loss is None:
         return {}
-    data = budget.prompts(method.datamodule)
+    data = data or budget.prompts(method.datamodule)
     if not data.task.generates:
         raise UserError(f"model.budget needs a task that is answered; {data.hparams['task']} has texts.")
     decoder = Decoder(method.llm, data.task.max_new_tokens, None, method.candidate_batch_size)
-    found = {}
+    found: dict[str, list[Any]] = {}
     if budget.kl is not None:
         found["kl"] = divergences(decoder, _moved(data, method.device), variants)
     if budget.loss is not None:
@@ -122,14 +167,18 @@ def _moved(data: TaskDataModule, device: torch.device) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def divergences(decoder: Decoder, batches: Iterable[Batch], variants: Intervention) -> list[float]:
-    """Mean over prompts of KL(unchanged || variant) of the first new token, in nats, for each variant."""
+def divergences(decoder: Decoder, batches: Iterable[Batch], variants: Intervention) -> list[float | None]:
+    """Mean over prompts of KL(unchanged || variant) of the first new token, in nats, for each variant.
+
+    None where it is not finite, because a variant that strong overflows; that is within no limit.
+    """
 
     def of(batch: Batch) -> Tensor:
         log_p = decoder.first_logits(batch, variants).float().log_softmax(-1)  # (variants, B, vocabulary)
         return (log_p[0].exp() * (log_p[0] - log_p)).sum(-1)
 
-    return _means(of, batches, decoder.llm.device).tolist()
+    means = _means(of, batches, decoder.llm.device).tolist()
+    return [kl if math.isfinite(kl) else None for kl in means]
 
 
 @torch.no_grad()
