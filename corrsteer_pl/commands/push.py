@@ -21,6 +21,7 @@ from corrsteer_pl.evaluation.tables import show
 from corrsteer_pl.files import write_json, write_utf8
 from corrsteer_pl.hub import HTTP_ERROR
 from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors, require_effect
+from corrsteer_pl.methods.checks import leaves_scale_open
 
 # What is raised where nothing answers.
 UNREACHED: Any = (HTTP_ERROR, OSError)
@@ -75,10 +76,10 @@ def card(run: Run, vectors: SteeringVectors, repository: str, license: str | Non
 
 
 def _is_alike(metrics: Mapping[str, Any], scale: float, schedule: Schedule) -> bool:
-    """Whether a test was steered so. Of several strengths, the chosen one was tested."""
+    """Whether a test was steered so. Where a fit chose the strength, that one was tested."""
     own = metrics.get("scale", scale)
     where = all(metrics.get(name, value) == value for name, value in vars(schedule).items())
-    return where and (isinstance(own, list) or own == scale)
+    return where and (leaves_scale_open(own) or own == scale)
 
 
 def _without_places(value: Any) -> Any:

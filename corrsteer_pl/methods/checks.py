@@ -16,6 +16,11 @@ FEWEST, MOST = 19, 1000
 CONTROLS = ("none", "shuffled_rewards", "random_features")
 
 
+def leaves_scale_open(scale: Any) -> bool:
+    """Whether validation chooses the scale: of a list, or by a search."""
+    return scale == "auto" or isinstance(scale, list)
+
+
 def check_values(h: Mapping[str, Any]) -> None:
     """Refuse values of options that are out of range, or do not go together; their types are checked already.
 
@@ -70,10 +75,10 @@ def check_steering(h: Mapping[str, Any]) -> None:
             f"model.min_improvement is {h['min_improvement']}; it is a difference of rewards, from 0 to below 1."
         )
     if h["scale"] == []:
-        raise UserError("model.scale is empty. Give a number, or a list of them.")
-    if h["budget"] is not None and not isinstance(h["scale"], list):
+        raise UserError("model.scale is empty. Give a number, a list of them, or auto.")
+    if h["budget"] is not None and not leaves_scale_open(h["scale"]):
         raise UserError(
-            f"model.budget chooses among several strengths, but model.scale is {h['scale']}. Give it a list."
+            f"model.budget chooses among several strengths, but model.scale is {h['scale']}. Set it to auto or a list."
         )
     level = h["significance_level"]
     if level is not None and not 0 < level <= 1:

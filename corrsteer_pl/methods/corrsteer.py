@@ -69,11 +69,13 @@ class CorrSteer(Streaming):
         raw: Take coordinates of the residual stream instead of SAE features, at ``layers``, or at every block; ``saes``
             is not read. Such a coordinate is steered by its coefficient's size in the direction of its correlation.
         scale: Factor on all coefficients. Of a list, such as ``[0.5, 1, 2]``, validation chooses the one with the best
-            reward of the whole selection within the budget; features are tried at 1 before.
-        budget: What steering may cost, for a list of scales: ``kl``, the largest mean KL divergence from the unsteered
-            model's first new token, in nats; ``loss``, the largest fall of another task's mean reward. Prompts are
-            those of the validation, or the validation split of another ``task`` (with ``path``, ``subset``, ``filter``
-            and so on as in the data module), at most ``size`` of them, 200 unless given.
+            reward of the whole selection within the budget; features are tried at 1 before, and a warning tells if
+            that is at an edge of the list. ``auto`` searches for it: 0.5, 1 and 2, then twice or half of the best while
+            that is at an edge and within the budget, then midpoints around the best.
+        budget: What steering may cost, for a list of scales or ``auto``: ``kl``, the largest mean KL divergence from
+            the unsteered model's first new token, in nats; ``loss``, the largest fall of another task's mean reward.
+            Prompts are those of the validation, or the validation split of another ``task`` (with ``path``,
+            ``subset``, ``filter`` and so on as in the data module), at most ``size`` of them, 200 unless given.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
             or ``first_k`` generated tokens.
         first_k: Number of tokens for ``positions: first_k``.
@@ -143,7 +145,7 @@ class CorrSteer(Streaming):
         coefficient: Literal["mean", "active_mean", "difference"] = "mean",
         score: Literal["pearson", "mutual_information", "fisher", "mean_difference", "auroc"] = "pearson",
         raw: bool = False,
-        scale: float | list[float] = 1.0,
+        scale: float | list[float] | Literal["auto"] = 1.0,
         budget: dict | None = None,
         positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
         first_k: int = 1,

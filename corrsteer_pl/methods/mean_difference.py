@@ -31,8 +31,11 @@ class MeanDifference(Streaming):
         significance_level: For the same rules: the largest p-value of a one-sided exact sign test that more validation
             samples get better than worse; None asks for no test.
         scale: Factor on all vectors. Of a list, such as ``[0.5, 1, 2]``, validation chooses the one with the best
-            reward of the whole selection within the budget; vectors are tried at 1 before.
-        budget: What steering may cost, for a list of scales, as for CorrSteer: ``kl``, ``loss``, ``task``, ``size``.
+            reward of the whole selection within the budget; vectors are tried at 1 before, and a warning tells if
+            that is at an edge of the list. ``auto`` searches for it: 0.5, 1 and 2, then twice or half of the best while
+            that is at an edge and within the budget, then midpoints around the best.
+        budget: What steering may cost, for a list of scales or ``auto``, as for CorrSteer: ``kl``, ``loss``, ``task``,
+            ``size``.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
             or ``first_k`` generated tokens.
         first_k: Number of tokens for ``positions: first_k``.
@@ -62,7 +65,7 @@ class MeanDifference(Streaming):
         rule: Literal["foreach", "global", "all", "layer", "greedy"] = "foreach",
         min_improvement: float = 0.0,
         significance_level: float | None = None,
-        scale: float | list[float] = 1.0,
+        scale: float | list[float] | Literal["auto"] = 1.0,
         budget: dict | None = None,
         positions: Literal["generated", "all", "prompt_last", "first_k"] = "generated",
         first_k: int = 1,

@@ -1,22 +1,40 @@
 """What methods share that add vectors to the residual stream, and choose among candidates on the validation split."""
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
 from corrsteer_pl.methods.answers.answering import EVERYWHERE
-from corrsteer_pl.methods.answers.calibration import Budget, damage
+from corrsteer_pl.methods.answers.calibration import Budget, damage, warn_of_edge
+from corrsteer_pl.methods.checks import leaves_scale_open
 from corrsteer_pl.methods.runs.provenance import check_directions, damaged
 from corrsteer_pl.methods.selecting import Selecting
 from corrsteer_pl.models.sites import Site
-from corrsteer_pl.selection import Bar, Choice, Feature, Selection, Strength, choose, is_asked_for, measured, reselect
+from corrsteer_pl.selection import (
+    Bar,
+    Choice,
+    Feature,
+    Selection,
+    Strength,
+    best_strength,
+    choose,
+    is_asked_for,
+    measured,
+    reselect,
+    search_strengths,
+)
+
+# Scales from which a search starts.
+FIRST_SCALES = (0.5, 1.0, 2.0)
 
 
 class Steering(Selecting):
@@ -84,7 +102,7 @@ class Steering(Selecting):
         candidates = measured(self.candidates, rewards) if alone else self.candidates
         choice = choose(self.hparams["rule"], candidates, rewards, self.bar, self._rewards_of)
         self.selection = self.selected(candidates, baseline, choice)
-        if isinstance(self.hparams["scale"], list) and choice.features:
+        if leaves_scale_open(self.hparams["scale"]) and choice.features:
             self.selection = self.selection.at(self._strengths(choice.features), self.budget.allows)
         self.selection = self.selection.marked()
         for sentence in self.selection.doubts if self.has_seen_all else ():
@@ -97,10 +115,30 @@ class Steering(Selecting):
 
     def _strengths(self, features: Sequence[Feature]) -> list[Strength]:
         """What features together do at each strength, the unsteered model among them as strength 0."""
-        scales = sorted({0.0, *self.hparams["scale"]}, key=abs)
-        variants = SteeringVectors.stack([self.vectors_of(features, scale) for scale in scales], self.schedule_here)
-        columns = {"reward": self.try_also(variants).mean(1).tolist(), **damage(self, self.budget, variants)}
-        return [Strength(scale, **{k: v[i] for k, v in columns.items()}) for i, scale in enumerate(scales)]
+        data = self.budget.prompts(self.datamodule)
+
+        def measure(scales: Sequence[float]) -> list[Strength]:
+            """The unsteered model, which the damage is measured against, and each scale."""
+            everything = [0.0, *scales]
+            vectors = [self.vectors_of(features, scale) for scale in everything]
+            variants = SteeringVectors.stack(vectors, self.schedule_here)
+            columns = {"reward": self.try_also(variants).mean(1).tolist(), **damage(self, self.budget, variants, data)}
+            return [Strength(scale, **{k: v[i] for k, v in columns.items()}) for i, scale in enumerate(everything)]
+
+        scale = self.hparams["scale"]
+        if scale == "auto":
+            # Vectors that overflow the model's dtype cannot be tried.
+            largest = max(vector.abs().max().item() for vector in self.vectors_of(features, 1.0).values())
+            most = torch.finfo(self.llm.model.dtype).max / largest if largest else math.inf
+            curves = {"": measure(FIRST_SCALES)}
+            further = search_strengths(
+                curves, lambda pairs: measure([factor for _, factor in pairs])[1:], self.budget.allows, most
+            )
+            return further[""]
+        curve = measure(sorted({*scale} - {0}, key=abs))
+        if self.has_seen_all and best_strength(curve, self.budget.allows).scale != 0:
+            warn_of_edge("model.scale", curve, self.budget, ", or set model.scale to auto")
+        return curve
 
     def selected(self, candidates: Sequence[Feature], baseline: float | None, choice: Choice) -> Selection:
         """What was chosen, and among what."""
@@ -128,7 +166,7 @@ class Steering(Selecting):
     def scale_of_trials(self) -> float:
         """Factor on all coefficients while candidates are tried: 1, if one is to be chosen afterwards."""
         scale = self.hparams["scale"]
-        return 1.0 if isinstance(scale, list) else scale
+        return 1.0 if leaves_scale_open(scale) else scale
 
     def vectors_of(self, features: Sequence[Feature], scale: float | None = None) -> dict[Site, Tensor]:
         """The sum of ``scale * c_f * direction_f`` at each site, ``(d_model,)`` float32.
@@ -163,7 +201,7 @@ class Steering(Selecting):
         Raises:
             UserError: Nothing has been fitted.
         """
-        return self.chosen().scale if isinstance(self.hparams["scale"], list) else self.hparams["scale"]
+        return self.chosen().scale if leaves_scale_open(self.hparams["scale"]) else self.hparams["scale"]
 
     def comparison(self) -> SteeringVectors:
         """The unsteered model and the steered one."""
@@ -208,9 +246,10 @@ class Steering(Selecting):
         h = self.hparams
         sign, layers = h.get("sign", "both"), h.get("layers")
         selection = reselect(fitted, h["rule"], sign, layers, self.bar)
-        if isinstance(h["scale"], list) and selection.features and not selection.strengths:
+        if leaves_scale_open(h["scale"]) and selection.features and not selection.strengths:
+            given = "auto" if h["scale"] == "auto" else "a list"
             raise UserError(
-                "model.scale is a list, of which a fit chooses one for what it selects, but the checkpoint has "
+                f"model.scale is {given}, of which a fit chooses one for what it selects, but the checkpoint has "
                 f"chosen none for these features (rule {h['rule']}). Give one number, or fit again."
             )
         left_out = [f.name for f in fitted.features if not is_asked_for(f, sign, layers)]

@@ -12,7 +12,7 @@ from corrsteer_pl.errors import UserError
 from corrsteer_pl.formats.reading import read_vectors
 from corrsteer_pl.interventions.steering import Schedule, SteeringVectors
 from corrsteer_pl.methods.base import Settings
-from corrsteer_pl.methods.checks import check_steering
+from corrsteer_pl.methods.checks import check_steering, leaves_scale_open
 from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.sites import Site
 from corrsteer_pl.selection import Choice, Feature, Selection
@@ -39,8 +39,11 @@ class Vectors(Steering):
         significance_level: For the same rules: the largest p-value of a one-sided exact sign test that more validation
             samples get better than worse; None asks for no test.
         scale: Factor on all vectors. Of a list, such as ``[0.5, 1, 2]``, validation chooses the one with the best
-            reward of the whole selection within the budget.
-        budget: What steering may cost, for a list of scales, as for CorrSteer: ``kl``, ``loss``, ``task``, ``size``.
+            reward of the whole selection within the budget, and a warning tells if
+            that is at an edge of the list. ``auto`` searches for it: 0.5, 1 and 2, then twice or half of the best while
+            that is at an edge and within the budget, then midpoints around the best.
+        budget: What steering may cost, for a list of scales or ``auto``, as for CorrSteer: ``kl``, ``loss``, ``task``,
+            ``size``.
         positions: ``generated`` (the last prompt position and every generated one), ``all``, ``prompt_last``,
             or ``first_k`` generated tokens; None for what the file says, or else ``all``, as other programs steer.
         first_k: Number of tokens for ``positions: first_k``.
@@ -67,7 +70,7 @@ class Vectors(Steering):
         rule: Literal["all", "foreach", "global", "greedy"] = "all",
         min_improvement: float = 0.0,
         significance_level: float | None = None,
-        scale: float | list[float] = 1.0,
+        scale: float | list[float] | Literal["auto"] = 1.0,
         budget: dict | None = None,
         positions: Literal["generated", "all", "prompt_last", "first_k"] | None = None,
         first_k: int = 1,
@@ -178,7 +181,7 @@ class Vectors(Steering):
 
     def _as_given(self) -> Selection:
         h = self.hparams
-        for option, left in (("rule", h["rule"] != "all"), ("scale", isinstance(h["scale"], list))):
+        for option, left in (("rule", h["rule"] != "all"), ("scale", leaves_scale_open(h["scale"]))):
             if left:
                 raise UserError(
                     f"model.{option} is {h[option]}, which leaves a choice to the validation split. Run fit with it "

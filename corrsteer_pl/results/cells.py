@@ -19,6 +19,7 @@ from corrsteer_pl.evaluation.text_loss import text_losses
 from corrsteer_pl.files import read_rows
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.answers.answering import EVERYWHERE
+from corrsteer_pl.methods.answers.calibration import Budget, warn_of_edge
 from corrsteer_pl.methods.corrsteer import CorrSteer
 from corrsteer_pl.methods.runs.cards import Card
 from corrsteer_pl.models.llm import LanguageModel
@@ -172,7 +173,9 @@ class Bench:
         scales = sorted({0.0, *self.plan.scales})
         _, rewards = answers_under(module, data, [_scaled(vectors, scale) for scale in scales], "validation")
         tried = [Strength(scale, reward) for scale, reward in zip(scales, rewards.mean(1).tolist(), strict=True)]
-        return best_strength(tried, lambda _: True).scale
+        without_limits = Budget()
+        warn_of_edge("scales", tried, without_limits)
+        return best_strength(tried, without_limits.allows).scale
 
     # ---------------------------------------------------------------- test
 

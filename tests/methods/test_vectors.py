@@ -65,6 +65,7 @@ def test_positions_are_the_files_own_unless_others_are_given(run, tmp_path):
     assert (asked.schedule.positions, asked.outcomes) == ("all", module.outcomes)
 
 
+@pytest.mark.filterwarnings("ignore:model.scale.*of the list")
 def test_validation_chooses_among_vectors_and_strengths(run, tmp_path):
     folder, _ = run
     found = SteeringVectors.load(folder / "steering.safetensors").vectors
