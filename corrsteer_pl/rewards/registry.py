@@ -5,14 +5,14 @@ from inspect import signature
 
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.options import described, imported
-from corrsteer_pl.rewards import text
+from corrsteer_pl.rewards import numbers, text
 from corrsteer_pl.rewards.base import Reward, TextReward
 
 TEXT_REWARDS: dict[str, Callable[[str, str], float]] = {
     "exact": text.exact,
     "match": text.match,
     "letter": text.letter,
-    "number": text.number,
+    "number": numbers.number,
     "token_f1": text.token_f1,
     "contains": text.contains,
     "regex": text.matches,

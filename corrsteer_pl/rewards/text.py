@@ -2,8 +2,8 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
-from decimal import Decimal
 
 REFUSAL = re.compile(
     r"(no,|unfortunately,|sorry,)?\s*"
@@ -16,8 +16,11 @@ INNER_PUNCTUATION = re.compile(rf"(?!(?<=\d)\.(?=\d))(?!(?<!\w)-(?=\d))[{re.esca
 ANSWER = re.compile(
     r"(?i:answer)(?:\s+(?i:is)\b|\s*:)\s*:?(?:\s*(?i:option))?[\s*_\"'`(\[{$\\]*(?:boxed\{)?([A-Z])(?![\w'])"
 )
-# A minus after a digit, a letter or a bracket is a subtraction.
-NUMBER = re.compile(r"((?<![\w)])[-\u2212])?\$?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+# Scripts that write words without spaces between them, or attach endings to them.
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
 
 
 def is_refusal(text: str) -> bool:
@@ -103,34 +106,32 @@ def token_f1(text: str, gold: str) -> float:
     return 2 * shared / (len(given) + len(wanted))
 
 
+def _words(text: str) -> str:
+    """Case-folded, composed, with one space between words and one kind of apostrophe."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().replace("\u2019", "'").split())
+
+
 def contains(text: str, gold: str) -> float:
-    """1 if the gold text occurs in the response, in any case."""
-    return float(gold.lower() in text.lower())
+    """1 if the gold text occurs in the response as whole words, in any case.
+
+    A number is not contained in a longer one, or in its negative. Scripts that do not separate words by spaces, such
+    as Chinese, are searched without regard to words.
+
+    Example:
+        >>> contains("It is now.", "no"), contains("No, never.", "no"), contains("3.5", "3")
+        (0.0, 1.0, 0.0)
+    """
+    wanted = _words(gold)
+    letter = f"[^\\W{UNSPACED}]"
+    starts = f"(?<!{letter})" if re.match(letter, wanted) else ""
+    ends = f"(?!{letter})" if re.search(f"{letter}$", wanted) else ""
+    if re.match(r"\d", wanted):
+        starts += r"(?<!\d[.,])(?<!^[-\u2212])(?<![^\w)][-\u2212])"
+    if re.search(r"\d$", wanted):
+        ends += r"(?![.,]\d)"
+    return float(re.search(starts + re.escape(wanted) + ends, _words(text)) is not None)
 
 
 def matches(text: str, gold: str) -> float:
     """1 if the regular expression ``gold`` is found in the response."""
     return float(re.search(gold, text) is not None)
-
-
-def final_number(text: str) -> Decimal | None:
-    r"""The first number after the first ``####``; without one, the last number of the text; else None.
-
-    Commas between thousands, a dollar sign, a sign (``-`` or the typographic minus) and decimals are understood.
-
-    Example:
-        >>> final_number("16 - 3 = 13\n#### 1,234.50 dollars, not 9"), final_number("5-4 is 1."), final_number("?")
-        (Decimal('1234.50'), Decimal('1'), None)
-    """
-    marked = NUMBER.search(text.partition("####")[2])
-    found = marked or next(reversed(list(NUMBER.finditer(text))), None)
-    if found is None:
-        return None
-    value = Decimal(found[2].replace(",", ""))
-    return -value if found[1] else value
-
-
-def number(text: str, gold: str) -> float:
-    """1 if the final numbers of response and gold text are equal."""
-    given = final_number(text)
-    return float(given is not None and given == final_number(gold))

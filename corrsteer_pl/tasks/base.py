@@ -223,6 +223,15 @@ def structured(value: Any) -> Any:
     return value
 
 
+def not_a_number(id: str, name: str, answer: str) -> UserError:
+    """The error for a gold answer that is not one number."""
+    shown = answer if len(answer) <= 40 else f"...{answer[-40:]}"
+    return UserError(
+        f"row {id} has {shown!r} in the column {name!r}, which does not end in one plain number. Write it as in "
+        "1234.5, 3/8 or 1e5, after #### if other numbers precede it, or remove the row."
+    )
+
+
 def present(*groups: Any) -> tuple[str, ...]:
     """The groups as text, without missing ones."""
     return tuple(str(group) for group in groups if group not in (None, ""))

@@ -6,7 +6,8 @@ from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import make_reward
-from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, present
+from corrsteer_pl.rewards.numbers import gold_number
+from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, not_a_number, present
 from corrsteer_pl.tasks.template import Template
 
 
@@ -59,6 +60,8 @@ class Generic(Task):
             raise UserError(f"row {id} has an empty gold text. Fill it in or remove the row.")
         if self.reward_name == "regex":
             _check_pattern(gold, f"row {id} has the gold text")
+        if self.reward_name == "number" and gold_number(gold) is None:
+            raise not_a_number(id, self.answer or "gold", gold)
         group = None if self.group is None else column(row, self.group, "group", id)
         return Example(id, text, gold, present(group), gold if self.shows_answer else None)
 

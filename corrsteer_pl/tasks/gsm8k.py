@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from corrsteer_pl.errors import UserError
-from corrsteer_pl.rewards import TextReward, text
-from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column
+from corrsteer_pl.rewards import TextReward
+from corrsteer_pl.rewards.numbers import gold_number, number, written
+from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, not_a_number
 from corrsteer_pl.tasks.template import Template, check_instruction
 
 FINAL = "Give the final number after ####."
@@ -42,7 +42,7 @@ class GSM8K(Task):
         self.template = Template(template, "data.task_args.template", ("question", "instruction"))
         check_instruction(self.template, chain_of_thought)
         self.max_new_tokens = check_new_tokens(max_new_tokens)
-        self.scorer = TextReward("final number", text.number)
+        self.scorer = TextReward("final number", number)
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one problem."""
@@ -50,8 +50,8 @@ class GSM8K(Task):
             str(column(row, self.question, "question", id)),
             str(column(row, self.answer, "answer", id)),
         )
-        gold = text.final_number(solution)
+        gold = gold_number(solution)
         if gold is None:
-            raise UserError(f"row {id} has no number in the column {self.answer!r}. Mend or remove the row.")
+            raise not_a_number(id, self.answer, solution)
         prompt = self.template.fill(row, id, {"question": question, "instruction": self.instruction})
-        return Example(id, prompt, str(gold), solution=solution)
+        return Example(id, prompt, written(gold), solution=solution)

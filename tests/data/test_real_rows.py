@@ -56,7 +56,7 @@ def test_gsm8k_numbers_are_those_after_the_marks(split):
         assert example.prompt == f"Q: {row['question']}\nGive the final number after ####.\nA:"
     assert task.reward([row["answer"] for row in rows], examples) == [1] * len(rows)
     # Without marks, the last number of a worked solution is mostly not its answer's: the marks matter.
-    assert task.reward([f"#### {float(e.gold) + 1:g}" for e in examples], examples) == [0] * len(rows)
+    assert task.reward([f"#### {float(e.gold) + 1:.1f}" for e in examples], examples) == [0] * len(rows)
 
 
 def test_bbq_labels_and_stereotyped_persons():

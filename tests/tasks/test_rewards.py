@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.rewards import Reward, make_reward, reward, text
+from corrsteer_pl.rewards import Reward, make_reward, numbers, reward, text
 from corrsteer_pl.rewards.judges import RefusalReward, SimilarityReward, _refusing_label
 from corrsteer_pl.tasks import Example, Task, make_task, rewards_of
 
@@ -35,7 +35,7 @@ from corrsteer_pl.tasks import Example, Task, make_task, rewards_of
     ],
 )
 def test_final_numbers(response, number):
-    assert text.final_number(response) == (None if number is None else Decimal(number))
+    assert numbers.final_number(response) == (None if number is None else Decimal(number))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_final_numbers(response, number):
     ],
 )  # fmt: skip
 def test_numbers_are_compared_as_numbers(response, gold, reward):
-    assert text.number(response, gold) == reward
+    assert numbers.number(response, gold) == reward
 
 
 @pytest.mark.parametrize(

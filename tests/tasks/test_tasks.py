@@ -298,7 +298,7 @@ def test_bytes_are_no_text():
 
 
 def test_benchmarks_refuse_rows_they_cannot_use():
-    with pytest.raises(UserError, match="row r has no number in the column 'answer'"):
+    with pytest.raises(UserError, match="row r has 'many' in the column 'answer'"):
         make_task("gsm8k", {}).example({"question": "q", "answer": "many"}, "r")
     with pytest.raises(UserError, match="row r has the label 'maybe'; it must be safe or unsafe"):
         make_task("xstest", {}).example({"prompt": "p", "label": "maybe"}, "r")
