@@ -11,7 +11,7 @@ import yaml
 
 from corrsteer_pl.cli.safe_yaml import read_yaml
 from corrsteer_pl.errors import UserError, choices, nearest, one_line
-from corrsteer_pl.files import LAST
+from corrsteer_pl.files import LAST, exists
 from corrsteer_pl.methods.registry import DEFAULT, READY
 from corrsteer_pl.options import import_paths
 
@@ -24,6 +24,8 @@ PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 # Options whose values are dictionaries.
 NESTED = ("data.task_args", "data.filter", "data.fit_on", "model.llm_args", "model.budget", "model.harmless")
+# The task or the model that such an option belongs to.
+OWNERS = {"data.task_args": "data.task", "data.filter": "data.task", "model.llm_args": "model.llm"}
 CODE = "model.llm_args.trust_remote_code"
 FLAGS = ("-h", "--help", "--print_config")
 
@@ -195,38 +197,67 @@ def refuse_code(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def with_whole_dicts(args: Sequence[str]) -> list[str]:
-    """Put options by name together, what the command line says of one name over what configurations say.
+    """Merge the options that are dictionaries: each configuration into those before it, the command line into all.
 
-    So each value is parsed once: what is quoted stays text.
+    A dictionary is merged name by name, at every depth. Any other value, lists included, replaces the earlier one, and
+    so does a dictionary that belongs to another task or model. Each value is parsed once, so quoted text stays text.
     """
-    values: dict[str, Any] = {}
-    said, others = set(), []
+    merged: dict[str, Any] = {}
+    others: list[str] = []
+    given: set[str] = set()
     arguments = iter(args)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         option = next((o for o in NESTED if name == f"--{o}" or name.startswith(f"--{o}.")), None)
-        if name in ("--config", "-c"):
+        part = name.removeprefix("--")
+        if name in ("--config", "-c") or part in PARTS:
             value = value if equals else next(arguments, "")
-            settings = _flatten_parts(read_config(value))
-            values |= {o: settings[o] for o in NESTED if o in settings}
-            others += [name, value]
-        elif name.removeprefix("--") in PARTS:
-            value = value if equals else next(arguments, "")
-            settings = _flatten_parts({name.removeprefix("--"): read_config(value)})
-            values |= {o: settings[o] for o in NESTED if o in settings}
+            settings = read_config(value)
+            settings = settings if name in ("--config", "-c") else {part: settings}
+            settings = _flatten_parts(settings, value)
+            # What a single configuration gives needs no merging.
+            given |= {o for o in NESTED if isinstance(merged.get(o), dict) and isinstance(settings.get(o), dict)}
+            merged = _merged_parts(merged, settings)
             others += [name, value]
         elif option:
             value = parsed(value if equals else next(arguments, ""))
-            values[option] = _with(values.get(option), name.removeprefix(f"--{option}").split(".")[1:], value)
-            said.add(option)
+            merged[option] = _with(merged.get(option), name.removeprefix(f"--{option}").split(".")[1:], value)
+            given.add(option)
         else:
             others.append(argument)
-    return [*others, *(f"--{option}={json.dumps(values[option])}" for option in NESTED if option in said)]
+    return [*others, *(f"--{option}={json.dumps(merged[option], default=str)}" for option in NESTED if option in given)]
 
 
-def _flatten_parts(settings: dict[str, Any]) -> dict[str, Any]:
-    parts = {part: options for part, options in settings.items() if isinstance(options, dict)}
-    return {f"{part}.{name}": value for part, options in parts.items() for name, value in options.items()}
+def _flatten_parts(settings: dict[str, Any], config: str) -> dict[str, Any]:
+    """The options of a configuration by their names; a part may be named by its file, relative to the configuration."""
+    flat: dict[str, Any] = {}
+    for part, options in settings.items():
+        if part in PARTS and isinstance(options, str):
+            beside = Path(config).parent / options
+            options = read_config(str(beside if exists(str(beside)) else options))
+        if isinstance(options, dict):
+            flat |= {f"{part}.{name}": value for name, value in options.items()}
+    return flat
+
+
+def _merged_parts(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Options by name, those that are dictionaries merged into the earlier ones."""
+    result = {**base, **settings}
+    for option in NESTED:
+        belongs_to = OWNERS.get(option, option)
+        same = belongs_to not in settings or settings[belongs_to] == base.get(belongs_to, settings[belongs_to])
+        if option in base and option in settings and (same or belongs_to == option):
+            result[option] = _merged(base[option], settings[option])
+    return result
+
+
+def _merged(base: Any, value: Any) -> Any:
+    """A value merged into an earlier one; the settings of another task replace those of the earlier task."""
+    if not isinstance(base, dict) or not isinstance(value, dict):
+        return value
+    if "task" in value and value["task"] != base.get("task", value["task"]):
+        return value
+    return {**base, **{name: _merged(base.get(name), inner) for name, inner in value.items()}}
 
 
 def _with(base: Any, path: Sequence[str], value: Any) -> Any:

@@ -95,7 +95,9 @@ def _general(command: str, method: str) -> list[Option]:
             Option("readme", "file", "", "File into which the table is written, between the marks named after --out."),
         ]
     general = [
-        Option("config", "file", "", "Configuration file, in YAML; several are laid over each other."),
+        Option(
+            "config", "file", "", "Configuration file, in YAML; several are merged, later values over earlier ones."
+        ),
         Option("print_config", "flag", "", "Print the configuration with all defaults, and exit."),
         Option("method", "|".join(METHODS), method, "What is fitted."),
         Option("seed_everything", "bool | int", "False", "Seed of all random numbers; a method's own needs none."),
