@@ -18,7 +18,14 @@ from corrsteer_pl.interventions.rank_one import FORMS, UNITS, Edit, EditedOutput
 from corrsteer_pl.interventions.switched import Switched
 from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.methods.answers.answering import answered
-from corrsteer_pl.methods.answers.calibration import Budget, divergences, losses, prompts_of, warn_of_edge
+from corrsteer_pl.methods.answers.calibration import (
+    Budget,
+    divergences,
+    losses,
+    prompts_of,
+    warn_of_edge,
+    warn_of_open_end,
+)
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.directions import (
     COMPLY,
@@ -253,15 +260,24 @@ class Rosi(Selecting):
         if best is not None and (best.feature.validation_reward or 0.0) <= unchanged.reward:
             best = None
         shown = names[0] if best is None else best.feature.name
-        if self.hparams["strengths"] is not None and self.has_seen_all:
-            most = MOST_PERCENT if self.hparams["unit"] == "percent" else math.inf
-            remedy = ", or leave it out for a search"
-            warn_of_edge("model.strengths", curve_of(shown, unchanged, tried), self.budget, remedy, most)
+        if self.has_seen_all:
+            self._warn_of_edges(curve_of(shown, unchanged, tried))
         self.record = None if best is None else EditRecord.of(best.edit, self.llm)
         self.selection = self._described(tried, unchanged, best, shown).marked()
         reached = unchanged.reward if best is None else best.feature.validation_reward or 0.0
         self.take_snapshot(unchanged.reward, reached)
         del self._first, self._variants
+
+    @property
+    def _most(self) -> float:
+        """The largest strength of an edit."""
+        return MOST_PERCENT if self.hparams["unit"] == "percent" else math.inf
+
+    def _warn_of_edges(self, curve: Sequence[Strength]) -> None:
+        if self.hparams["strengths"] is None:
+            warn_of_open_end("model.strengths", curve, self.budget)
+        else:
+            warn_of_edge("model.strengths", curve, self.budget, ", or leave it out for a search", self._most)
 
     def _order(self, tried: Tried) -> tuple[bool, tuple[float, float, float]]:
         """By which directions are searched: those within the budget first, then by preference."""
@@ -281,8 +297,7 @@ class Rosi(Selecting):
             return [one.cost for one in measured_edits if one.cost]
 
         curves = {name: curve_of(name, unchanged, tried) for name in names}
-        most = MOST_PERCENT if self.hparams["unit"] == "percent" else math.inf
-        search_strengths(curves, measure, self.budget.allows, most)
+        search_strengths(curves, measure, self.budget.allows, self._most)
         return further
 
     def _measured(

@@ -14,7 +14,7 @@ from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.files import write_atomically
 from corrsteer_pl.interventions.steering import FILE, Schedule, SteeringVectors
 from corrsteer_pl.methods.answers.answering import EVERYWHERE
-from corrsteer_pl.methods.answers.calibration import Budget, damage, warn_of_edge
+from corrsteer_pl.methods.answers.calibration import Budget, damage, warn_of_edge, warn_of_open_end
 from corrsteer_pl.methods.checks import leaves_scale_open
 from corrsteer_pl.methods.runs.provenance import check_directions, damaged
 from corrsteer_pl.methods.selecting import Selecting
@@ -134,6 +134,8 @@ class Steering(Selecting):
             further = search_strengths(
                 curves, lambda pairs: measure([factor for _, factor in pairs])[1:], self.budget.allows, most
             )
+            if self.has_seen_all:
+                warn_of_open_end("model.scale", further[""], self.budget)
             return further[""]
         curve = measure(sorted({*scale} - {0}, key=abs))
         if self.has_seen_all and best_strength(curve, self.budget.allows).scale != 0:

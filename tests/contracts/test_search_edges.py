@@ -9,7 +9,7 @@ import pytest
 
 from corrsteer_pl import CorrSteer, TaskDataModule
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.methods.answers.calibration import Budget, warn_of_edge
+from corrsteer_pl.methods.answers.calibration import Budget, warn_of_edge, warn_of_open_end
 from corrsteer_pl.methods.rosi import Rosi
 from corrsteer_pl.selection import Strength, best_strength, beyond_edge, search_strengths
 from corrsteer_pl.selection.strength import ROUNDS
@@ -152,6 +152,20 @@ def test_a_list_whose_best_strength_is_at_its_edge_is_warned_of(scales, reward, 
     messages = [str(one.message) for one in caught]
     assert len(messages) == bool(expected)
     assert all(part in messages[0] for part in expected)
+
+
+def test_a_search_that_ends_at_an_edge_is_warned_of():
+    def end(reward):
+        def measure(pairs):
+            return curve_of([scale for _, scale in pairs], reward)
+
+        start = curve_of([0, 1, 4, 16], reward)
+        return search_strengths({"": start}, measure, Budget(kl=LIMIT).allows, most=100)[""]
+
+    with pytest.warns(UserWarning, match="model.x: the search ended at 100, with KL 0 of at most 0.2"):
+        warn_of_open_end("model.x", end(lambda s: s / 1000), Budget(kl=LIMIT))
+    for reward in (lambda s: 0.9 - abs(s - 24) / 100, lambda s: 0.5):
+        warn_of_open_end("model.x", end(reward), Budget(kl=LIMIT))
 
 
 def test_nothing_is_beyond_an_empty_list():

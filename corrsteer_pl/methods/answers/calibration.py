@@ -118,6 +118,23 @@ def warn_of_edge(
     )
 
 
+def warn_of_open_end(option: str, curve: Sequence[Strength], budget: Budget) -> None:
+    """Warn if a search ended with the best strength at an edge of what was measured.
+
+    Args:
+        option: Name of the option that takes a list instead.
+        curve: What was measured, strength 0 included.
+        budget: The limits.
+    """
+    best, beyond = best_strength(curve, budget.allows), beyond_edge(curve, budget.allows)
+    if best.scale and beyond is not None:
+        warnings.warn(
+            f"{option}: the search ended at {best.scale:g}, {budget.used(best)}, and the best strength may lie beyond. "
+            f"To go on, set {option} to a list.",
+            stacklevel=2,
+        )
+
+
 def prompts_of(data: Mapping[str, Any], option: str) -> Mapping[str, Any]:
     """Options of the data module for prompts of another task, checked.
 
