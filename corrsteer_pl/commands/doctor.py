@@ -18,6 +18,7 @@ from corrsteer_pl.methods.inspection import Inspection
 from corrsteer_pl.models.decoding.decode import repeated
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.sites import Site
+from corrsteer_pl.models.special_tokens import special_ids, token_texts
 
 GIB = 2**30
 
@@ -63,7 +64,7 @@ def _prompt(method: Method, datamodule: TaskDataModule, batch: Batch) -> Iterato
     llm, example = method.llm, batch.examples[0]
     task = datamodule.fit_task
     ids = datamodule.token_ids(example, task)
-    special = set(llm.tokenizer.all_special_ids)
+    special = special_ids(llm.tokenizer)
     marked = [
         f"\u27e6{token}\u27e7" if id in special else token for id, token in zip(ids, _tokens(llm, ids), strict=True)
     ]
@@ -76,6 +77,10 @@ def _prompt(method: Method, datamodule: TaskDataModule, batch: Batch) -> Iterato
         "chat template": "used" if task.generates and datamodule.uses_chat(llm) else "not used",
         "BOS": "the tokenizer has none" if bos is None else f"{ids.count(bos)} time(s), {llm.tokenizer.decode([bos])}",
         "ends with": repr(llm.tokenizer.decode(ids[-3:])),
+        "appended by the tokenizer": f"{token_texts(llm.tokenizer, llm.appended)}: removed"
+        if llm.appended
+        else "nothing",
+        "answers end at": token_texts(llm.tokenizer, llm.eos_token_ids) or "the longest answer only",
         "padding": f"on the left, up to {int(batch.input_ids.shape[1] - lengths.min())} tokens in the first batch",
         "few-shot examples": str(len(datamodule.shots)),
         "gold answer": repr(example.gold),

@@ -43,11 +43,17 @@ class SteeredRun(HFLM):
         if not isinstance(steered, bool):
             raise UserError(f"--model_args has steered={steered}; it is True or False.")
         fit = load_fit(Path(run))
-        _move(fit.method.llm, others.pop("device", None))
-        super().__init__(pretrained=fit.method.llm.model, tokenizer=fit.method.llm.tokenizer, **others)
+        self._llm = fit.method.llm
+        _move(self._llm, others.pop("device", None))
+        super().__init__(pretrained=self._llm.model, tokenizer=self._llm.tokenizer, **others)
         self._variant = list(fit.compared().groups(1))[steered]
         self._starts: dict[tuple[int, ...], int] = {}
         self._is_tried = False
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token whose text lm-eval adds to the stop sequences; generation ends at the run's other ones, too."""
+        return next(iter(self._llm.eos_token_ids), self.tokenizer.eos_token_id)
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         """Find a size with texts that nobody asked for, and that nothing steers."""

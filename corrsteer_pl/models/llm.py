@@ -1,6 +1,7 @@
 """A causal language model with its tokenizer."""
 
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,11 +11,12 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError, one_line
+from corrsteer_pl.errors import UserError, choices, one_line
 from corrsteer_pl.files import absolute
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.llm_loading import pretrained
 from corrsteer_pl.models.sites import name_blocks
+from corrsteer_pl.models.special_tokens import special_ids, token_texts, turn_end, without_appended
 
 # Names of attention windows that layers compute from the place of a key in the cache, whatever the mask says.
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
@@ -37,6 +39,7 @@ class LanguageModel:
         tokenizer: Its tokenizer.
         placed: Whether it must not be moved to another device, because it has a ``device_map`` or is quantised.
         abilities: Results of :mod:`~corrsteer_pl.models.decoding.trials`, by name.
+        appended: Ids of special tokens that the given tokenizer appends to a text; ``tokenizer`` does not.
     """
 
     name: str
@@ -44,6 +47,13 @@ class LanguageModel:
     tokenizer: Any
     placed: bool = False
     abilities: dict[str, bool] = field(default_factory=dict)
+    appended: list[int] = field(init=False, default_factory=list)
+    # Given by the user, in place of those of configuration, tokenizer and chat template.
+    _eos_token_ids: list[int] | None = field(init=False, default=None)
+    _turn_ends: dict[str, tuple[int | None, str]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokenizer, self.appended = without_appended(self.tokenizer, self.name)
 
     @classmethod
     def load(
@@ -58,6 +68,7 @@ class LanguageModel:
         quantize: int | None = None,
         trust_remote_code: bool = False,
         blocks: str | None = None,
+        eos_tokens: list[str] | None = None,
     ) -> "LanguageModel":
         """Load a local folder, a Hub id, a GGUF file, or the model that ships with the package, ``demo``.
 
@@ -73,6 +84,8 @@ class LanguageModel:
             quantize: 4 or 8 bits per weight, with the extra ``quant``.
             trust_remote_code: Run code that the model's repository brings.
             blocks: Where the decoder blocks are, such as ``model.layers``, if they are not found.
+            eos_tokens: Texts of the tokens that end an answer, such as ``["</s>"]``; by default those of generation
+                configuration and tokenizer, and the special token that ends a turn in the chat template.
 
         Raises:
             UserError: It cannot be loaded, its weights are not those that its configuration asks for, or an option is
@@ -91,6 +104,12 @@ class LanguageModel:
         llm = cls(name, model, tokenizer, bool(device_map or quantize))
         if blocks is not None:
             name_blocks(model, blocks)
+        if eos_tokens is None:
+            llm._warn_of_added_ends()
+        else:
+            llm._eos_token_ids = [llm._token_id(text) for text in eos_tokens]
+        # The same for Hugging Face generate: in the endpoint, in lm-eval, and in an exported model.
+        model.generation_config.eos_token_id = llm.eos_token_ids or None
         return llm
 
     @property
@@ -152,10 +171,70 @@ class LanguageModel:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """All tokens that end a generation in Hugging Face ``generate``."""
-        eos = self.model.generation_config.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        """All tokens that end a generation.
+
+        Those of the generation configuration, the tokenizer's EOS token, and the special token that the chat template
+        writes directly after an assistant turn; or those that were given as ``eos_tokens``. Ids outside the vocabulary
+        are left out.
+        """
+        if self._eos_token_ids is not None:
+            return self._eos_token_ids
+        ids = [*self._configured_ends(), self.tokenizer.eos_token_id, self._turn_end()[0]]
+        return [id for id in dict.fromkeys(ids) if id is not None and 0 <= id < self.config.vocab_size]
+
+    def _configured_ends(self) -> list[int]:
+        """EOS tokens of the generation configuration; without any, special tokens that the model's one names as EOS."""
+        if (eos := self.model.generation_config.eos_token_id) is not None:
+            return _as_list(eos)
+        if (eos := getattr(self.config, "eos_token_id", None)) is None:
+            return []
+        # The default of a configuration class can be an ordinary token of another vocabulary.
+        special = special_ids(self.tokenizer)
+        return [id for id in _as_list(eos) if id in special]
+
+    def _turn_end(self) -> tuple[int | None, str]:
+        """Special token, or else text, that the chat template writes directly after an assistant turn."""
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        if template not in self._turn_ends:
+            self._turn_ends[template] = turn_end(self.tokenizer)
+        return self._turn_ends[template]
+
+    def _warn_of_added_ends(self) -> None:
+        """Warn about EOS tokens that are missing in the configuration, or cannot be generated."""
+        configured, size, eos = self._configured_ends(), self.config.vocab_size, self.tokenizer.eos_token_id
+        known = configured or [eos]
+        choose = "Set model.llm_args.eos_tokens to choose the tokens yourself."
+        if outside := [id for id in configured if id >= size]:
+            _warn(f"eos_token_id of {self.name} is {outside[0]}, but it has {size} tokens, so it is ignored. {choose}")
+        end, text = self._turn_end()
+        known_texts = token_texts(self.tokenizer, configured) or "none"
+        for id, source in ((eos, "EOS token of its tokenizer"), (end, "token after an answer in its chat template")):
+            if id is not None and 0 <= id < size and id not in known:
+                _warn(
+                    f"the EOS tokens of {self.name} ({known_texts}) lack the {source}, "
+                    f"{token_texts(self.tokenizer, [id])}. Answers end at it, too. {choose}"
+                )
+                known = [*known, id]
+        if text:
+            _warn(
+                f"the chat template of {self.name} ends an answer with {text!r}, which is not a special token, so that "
+                f"answers can go on with another turn. {choose}"
+            )
+
+    def _token_id(self, text: str) -> int:
+        """The token with a given text.
+
+        Raises:
+            UserError: There is none.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            special = choices(self.tokenizer.convert_ids_to_tokens(sorted(special_ids(self.tokenizer))))
+            raise UserError(
+                f"model.llm_args.eos_tokens has {text!r}, which is not one token of {self.name}. Its special tokens "
+                f"are {special}."
+            )
+        return ids[0]
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -173,8 +252,17 @@ class LanguageModel:
         return self.tokenizer.bos_token_id is not None and self.token_ids("")[:1] == [self.tokenizer.bos_token_id]
 
     def token_ids(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the special tokens that the tokenizer adds (BOS once, if any)."""
-        return self.tokenizer(text)["input_ids"]
+        """Tokens of a prompt after the special tokens that the tokenizer puts before it (BOS once, if any)."""
+        return self._with_one_bos(self.tokenizer(text)["input_ids"])
+
+    def token_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of many texts."""
+        return [self._with_one_bos(row) for row in self.tokenizer(list(texts))["input_ids"]] if texts else []
+
+    def _with_one_bos(self, ids: list[int]) -> list[int]:
+        """Remove the tokenizer's BOS from a text that begins with one itself."""
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def prompt_ids(self, turns: Sequence[str], chat: bool, system: str | None = None) -> list[int]:
         """Tokens of prompts and responses in turn, the prompt that is to be answered last; BOS once, if any.
@@ -249,7 +337,8 @@ class LanguageModel:
         """
         longest = max(len(prompt) for prompt in prompts)
         pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else (self.eos_token_ids or [0])[0]
+        # Masked, so that any token of the vocabulary will do; some tokenizers have an added one without an embedding.
+        pad = pad if pad is not None and pad < self.config.vocab_size else (self.eos_token_ids or [0])[0]
         ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return torch.tensor(ids), torch.tensor(mask)
@@ -291,6 +380,14 @@ class LanguageModel:
 def positions_of(mask: Tensor) -> Tensor:
     """Position of every token under an attention mask ``(batch, sequence)``, from 0; 0 where it is masked."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)
+
+
+def _as_list(ids: int | Sequence[int]) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def local_name(name: str) -> str:

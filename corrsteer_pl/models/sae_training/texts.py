@@ -18,7 +18,7 @@ HELD_OUT, MOST_HELD_OUT = 1 / 20, 64
 
 def token_rows(llm: LanguageModel, texts: Sequence[str], most: int) -> list[list[int]]:
     """The first ``most`` tokens of every text."""
-    return [row[:most] for row in llm.tokenizer(list(texts))["input_ids"]] if texts else []
+    return [row[:most] for row in llm.token_rows(texts)]
 
 
 def answered_rows(llm: LanguageModel, prompts: Sequence[str], answers: Sequence[str], most: int) -> list[list[int]]:
