@@ -35,6 +35,7 @@ from corrsteer_pl.files import LAST, check_writable, write_atomically
 from corrsteer_pl.methods.registry import method_class
 from corrsteer_pl.methods.runs.files import RunFiles
 from corrsteer_pl.methods.runs.provenance import check_method, read_checkpoint, settings_of
+from corrsteer_pl.methods.runs.requeue import requeue_checkpoint
 
 # Trainer options that a test's results are named after.
 LIMITS = ("limit_test_batches", "limit_predict_batches")
@@ -250,6 +251,10 @@ class _Cli(LightningCLI):
             self.model.llm = self._like.llm
         # Check before other processes start, so that the error is raised once.
         self.model.check_processes(self.trainer.world_size)
+        if self.subcommand and "ckpt_path" not in self._given:
+            path = requeue_checkpoint(Path(self.trainer.default_root_dir))
+            if path is not None:
+                self._show(f"Resuming from {path}, which this job, or one before it, saved when SLURM ended it.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")

@@ -101,14 +101,15 @@ class Adapting(Selecting):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate by the samples that were counted before this batch."""
-        before, count = self.counted, len(self.datamodule.examples["train"])
         super().on_train_batch_start(batch, batch_idx)
+        count = len(self.datamodule.examples["train"])
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.learning_rate * rate(before / count, self.counted / count)
+            group["lr"] = self.learning_rate * rate(self.counted / count, self.counted_after_step / count)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Shorten long gradients."""
         torch.nn.utils.clip_grad_norm_(self.own.weights.parameters(), LARGEST_GRADIENT)
+        super().on_before_optimizer_step(optimizer)
 
     def mean_over_processes(self, total: Tensor, count: Tensor) -> Tensor:
         """A loss whose gradient, averaged over processes, is that of all totals over all counts."""

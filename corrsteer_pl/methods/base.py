@@ -1,6 +1,9 @@
 """The contract of a method: what a Trainer runs, what is asked of it, and what it may leave to this class."""
 
 import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -11,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.errors import UserError
+from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.methods.answers.answering import Answering, ProbeReading, Reading, answered
 from corrsteer_pl.methods.answers.evaluation import PairedEvaluation
 from corrsteer_pl.methods.answers.trial import Trial
@@ -20,19 +23,22 @@ from corrsteer_pl.methods.registry import method_name
 from corrsteer_pl.methods.runs.provenance import (
     KEY,
     Provenance,
+    check_counter,
     check_llm,
     check_method,
     check_options,
     check_same_data,
     check_samples,
+    damaged,
     read_checkpoint,
     settings_of,
     versions,
 )
+from corrsteer_pl.methods.runs.requeue import Requeue, is_requeue_checkpoint, unusable
 from corrsteer_pl.models.decoding.decode import Decoder, Intervention
 from corrsteer_pl.models.llm import LanguageModel, local_name
 from corrsteer_pl.options import check_options as check_kinds
-from corrsteer_pl.strategy import prepare
+from corrsteer_pl.strategy import all_reduce_sum, prepare
 from corrsteer_pl.tasks import Task
 
 # Trainer options that leave a stage without a step if they are 0.
@@ -64,7 +70,8 @@ class Settings:
 class Method(PairedEvaluation):
     """A frozen language model, and a way to change what it answers.
 
-    A subclass needs ``training_step`` and :meth:`comparison`; all else has a default that does nothing more. A fit is
+    A subclass needs ``training_step`` and :meth:`comparison`; all else has a default that does nothing more. A
+    ``training_step`` that adds to running sums does so within :meth:`counting`. A fit is
     one pass over its samples, whatever the method. The language model is no child module: it stays out of checkpoints,
     and is on the right device and in the right precision once :meth:`setup` has run.
 
@@ -81,7 +88,8 @@ class Method(PairedEvaluation):
         settings: When the options of ``__init__`` may change.
         inspection: What ``doctor`` shows of it.
         llm: The language model.
-        counted: How many samples of the fit all processes have counted.
+        counted: Number of samples of all processes that the fit has learnt from. A step counts once it has changed
+            the sums or the weights, so a checkpoint that is written during a step does not count its samples.
         fit_answering: How the task that is fitted on is answered; during a fit.
     """
 
@@ -105,8 +113,16 @@ class Method(PairedEvaluation):
             )
         self.llm_name, self.dtype_name, self.llm_args = local_name(llm), dtype, llm_args or {}
         self.candidate_batch_size = candidate_batch_size
-        self.counted = self._validated = 0  # samples of the fit: so far, and at the last validation
         self._record: Provenance | None = None
+        self._reset_counter()
+
+    def _reset_counter(self) -> None:
+        self.counted = self._validated = 0  # samples of the fit: so far, and at the last validation
+        self.counted_after_step = 0
+        self._is_changing = False
+        # Sums of batch weights, apart from `counted`: in the checkpoint that the fit was resumed from, learnt from by
+        # this process since then, and read by it since the last update.
+        self._resumed_weight = self._learnt_weight = self._pending_weight = 0.0
 
     def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **kwargs: Any) -> None:
         """Keep the options, names of folders made absolute, so that a checkpoint finds them from anywhere."""
@@ -141,6 +157,15 @@ class Method(PairedEvaluation):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave; the model need not be loaded."""
+
+    def stored_counts(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, float]:
+        """Number of samples in each sum of a checkpoint, by the name of the sum; a method without sums has none.
+
+        Args:
+            tensors: Parameters and buffers of the checkpoint.
+            state: What :meth:`state` gave.
+        """
+        return {}
 
     def saes_identity(self) -> dict[str, Any] | None:
         """Name and fingerprints of the autoencoders; None for a method without."""
@@ -240,7 +265,8 @@ class Method(PairedEvaluation):
         if stage == "fit":
             self.fit_answering = self.answering_for(self.datamodule.fit_task, "fit")
             # When resuming, Lightning calls on_load_checkpoint after setup, which restores them.
-            self.counted, self._validated, self._record = 0, 0, None
+            self._record = None
+            self._reset_counter()
             self.begin()
         elif self._record is not None:
             self.check_parts(self._record)
@@ -283,13 +309,48 @@ class Method(PairedEvaluation):
         """Nothing is optimised, unless a method says otherwise."""
         return None
 
+    def configure_callbacks(self) -> list[Requeue]:
+        """What saves a fit when SLURM ends its job."""
+        self._requeue = Requeue()
+        return [self._requeue]
+
     def on_train_start(self) -> None:
         """Check that all parts fit together."""
         self.verify()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Count the batch. Checkpoints are written between batches, where its step is done."""
-        self.counted = batch.counted
+        """Note the samples of the batch, which are counted once the fit has learnt from them."""
+        self.counted_after_step = batch.counted
+        self._pending_weight += batch.weight.sum().item()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Mark the weights as changing; called after the gradients of a step are complete."""
+        self._is_changing = self.trains
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take an optimiser step, and count the samples of its batches; without an optimiser only count."""
+        super().optimizer_step(*args, **kwargs)
+        self._count()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A context that changes sums; while it runs, or if it is interrupted, no checkpoint can be written."""
+        self._is_changing = True
+        yield
+        self._is_changing = False
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """A context that adds the batch of a step to sums; at its end the samples of the batch are counted."""
+        with self.changing():
+            yield
+            self._count()
+
+    def _count(self) -> None:
+        self._is_changing = True
+        self.counted = self.counted_after_step
+        self._learnt_weight, self._pending_weight = self._learnt_weight + self._pending_weight, 0.0
+        self._is_changing = False
 
     def on_train_epoch_end(self) -> None:
         """Stop, as a second epoch would count the same samples again; validate what no validation has seen yet."""
@@ -303,6 +364,7 @@ class Method(PairedEvaluation):
         self.on_validation_epoch_start()
         for batch_idx, batch in enumerate(self.datamodule.val_dataloader()):
             self.validation_step(batch.to(self.device), batch_idx)
+            self._requeue.save_if_requested(self.trainer)
         self.on_validation_epoch_end()
 
     @property
@@ -362,8 +424,22 @@ class Method(PairedEvaluation):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what was learnt and whose it is; no weight of the language model."""
-        state = self.state()
+        """Store what was learnt and whose it is; no weight of the language model.
+
+        Raises:
+            UserError: An update of the sums or weights was interrupted, or they do not have the samples that are
+                counted.
+        """
+        if self._is_changing or not hasattr(self, "answering"):
+            when = (
+                f"a step after {self.counted} samples was interrupted" if self._is_changing else "the run had no start"
+            )
+            # A callback that saves after an error hides the error.
+            cause = f" ({one_line(error)})" if (error := sys.exception()) else ""
+            raise UserError(f"no checkpoint can be written: {when}{cause}. Go on from an earlier checkpoint.")
+        with self.changing():
+            state = self.state()
+            learnt = all_reduce_sum(torch.tensor(round(self._learnt_weight), device=self.device)).item()
         checkpoint["state_dict"] = self.state_dict()
         checkpoint[KEY] = Provenance(
             method=self.name,
@@ -376,20 +452,34 @@ class Method(PairedEvaluation):
             versions=versions(),
             state=state,
         ).as_dict()
+        counts = {"batches": self._resumed_weight + learnt}
+        check_counter(self.counted, counts | self.stored_counts(checkpoint["state_dict"], state))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what was learnt; a fit goes on with the remaining samples.
 
         Raises:
-            UserError: The checkpoint is of another program, method, model, SAE or format, or an option that the fit
-                settled differs.
+            UserError: The checkpoint is of another program, method, model, SAE or format, an option that the fit
+                settled differs, or it counts other samples than its sums have.
         """
+        try:
+            self._load(checkpoint)
+        except UserError as error:
+            path = self._trainer.ckpt_path if self._trainer is not None else None
+            if path and is_requeue_checkpoint(path):
+                raise unusable(path, error) from error
+            raise
+
+    def _load(self, checkpoint: dict[str, Any]) -> None:
         record = Provenance.read(checkpoint)
         check_method(record.method, self.name)
         check_options(record.settled, self.hparams)
+        check_counter(record.counted, self._counts_in(checkpoint, record))
         # Lightning's progress counts batches, which depends on the number of processes; `counted` counts samples.
         checkpoint.pop("loops", None)
-        self.counted, self._record = record.counted, record
+        self._reset_counter()
+        self.counted = self.counted_after_step = record.counted
+        self._resumed_weight, self._record = float(record.counted), record
         if self._trainer is not None:
             # With a trainer, setup has been called before this.
             self.check_parts(record)
@@ -398,6 +488,12 @@ class Method(PairedEvaluation):
                 check_same_data(checkpoint.get("datamodule_hyper_parameters", {}), self.datamodule.hparams)
                 check_samples(record.samples, self.datamodule.fingerprint)
         self.restore(record.state)
+
+    def _counts_in(self, checkpoint: dict[str, Any], record: Provenance) -> dict[str, float]:
+        try:
+            return self.stored_counts(checkpoint["state_dict"], record.state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(f"its sums cannot be read ({one_line(error)})") from error
 
     def check_parts(self, record: Provenance) -> None:
         """Refuse another language model, or other autoencoders, than those of a fit.

@@ -14,8 +14,8 @@ from corrsteer_pl.files import write_json
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.accumulation.blocks import Block
 from corrsteer_pl.methods.accumulation.candidates import fit_probe, leading_features, random_features, rank_features
-from corrsteer_pl.methods.accumulation.search import Search
-from corrsteer_pl.methods.accumulation.sums import Accumulator
+from corrsteer_pl.methods.accumulation.search import Search, waiting_counts
+from corrsteer_pl.methods.accumulation.sums import Accumulator, stored_counts
 from corrsteer_pl.methods.answers.answering import ProbeReading
 from corrsteer_pl.methods.base import Settings
 from corrsteer_pl.methods.checks import check_values
@@ -254,7 +254,8 @@ class CorrSteer(Streaming):
     def tried(self) -> SteeringVectors:
         """Merge the sums, and choose each layer's candidates: the unsteered model, and each candidate alone."""
         if self.counted and self._deals and self.has_seen_all:
-            self._deal(self.search.cut(self.counted))
+            with self.changing():
+                self._deal(self.search.cut(self.counted))
         return super().tried()
 
     def propose(self) -> tuple[Feature, ...]:
@@ -265,9 +266,11 @@ class CorrSteer(Streaming):
         if self.has_seen_all:
             # Halves are ranked by correlation, so that they say nothing of candidates that were ranked otherwise.
             stable = candidates if h["score"] == "pearson" else ()
-            self.search.judge(self.counted, stable, h["topk"], h["topm"], is_last)
+            with self.changing():
+                self.search.judge(self.counted, stable, h["topk"], h["topm"], is_last)
         if is_last:
-            self.sums.settle(h["score"])
+            with self.changing():
+                self.sums.settle(h["score"])
         if h["control"] == "random_features":
             candidates = random_features(candidates, self.sums, self.saes, self.pool, self.datamodule.hparams["seed"])
         self._ranking = tuple(map(self.search.evidence.on, self._ranking))
@@ -326,6 +329,20 @@ class CorrSteer(Streaming):
         """What every steering method stores, the search, the cards and the probe."""
         probe = self._probe and {"layer": self._probe[0], **self._probe[1].as_dict()}
         return {**super().state(), "search": self.search.state(), "cards": self.cards, "probe": probe}
+
+    def stored_counts(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, float]:
+        """Number of samples in the sums of each layer and pool, and in those of the search with what waits for it."""
+        counts = super().stored_counts(tensors, state)
+        pool, deals = (state["search"]["options"][name] for name in ("pool", "deal"))
+        waiting, left_out_later = waiting_counts(state["search"])
+        if deals:
+            counts = {name: count + waiting for name, count in counts.items()}
+        for layer, count in stored_counts(tensors, "search.sums").items():
+            left_out = tensors[f"sums.merged.{layer}_{pool}.n_left_out"].item()
+            # Rewards that are dealt to others wait for the end of their block in all sums.
+            left_out -= 0 if deals else left_out_later.get(layer, 0)
+            counts[f"search {layer}"] = count + waiting + left_out
+        return counts
 
     def restore_more(self, state: dict[str, Any]) -> None:
         """Take over the sums, the search, the cards and the probe."""

@@ -274,7 +274,7 @@ class Crisp(Adapting):
 
     def _coherence(self) -> Tensor:
         """The same at the end of the model, on a few retain texts, the same on all processes and in a resumed fit."""
-        first = self.counted
+        first = self.counted_after_step
         some = [self._coherent[(first + i) % len(self._coherent)] for i in range(min(COHERENT, len(self._coherent)))]
         rows = [self.datamodule.token_ids(example, self.datamodule.fit_task) for example in some]
         ids, mask = (tensor.to(self.device) for tensor in self.llm.left_pad(rows))

@@ -94,7 +94,9 @@ class Prompting(Selecting):
         self.selection, self.snapshots = None, []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Learn nothing."""
+        """Learn nothing but count the samples."""
+        with self.counting():
+            pass
         return torch.zeros((), requires_grad=True)
 
     def answering_for(self, task: Task, stage: Literal["fit", "evaluation"]) -> Answering:

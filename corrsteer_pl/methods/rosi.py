@@ -16,7 +16,7 @@ from corrsteer_pl.errors import NothingToLearn, UserError, choices, one_line
 from corrsteer_pl.interventions.edited import EditedWeights, EditRecord, remove_record
 from corrsteer_pl.interventions.rank_one import FORMS, UNITS, Edit, EditedOutputs, warn_of_centred
 from corrsteer_pl.interventions.switched import Switched
-from corrsteer_pl.methods.accumulation.sums import MergedSums
+from corrsteer_pl.methods.accumulation.sums import MergedSums, stored_counts
 from corrsteer_pl.methods.answers.answering import answered
 from corrsteer_pl.methods.answers.calibration import (
     Budget,
@@ -197,7 +197,9 @@ class Rosi(Selecting):
         ids, mask = (tensor.to(batch.input_ids.device) for tensor in self.llm.left_pad(prompts))
         harmful = torch.tensor([example.gold == REFUSE for example in batch.examples])
         means = self.sums.fresh["means"]
-        means.update(self._residuals(ids, mask, means.places[1]), harmful, batch.weight)
+        residuals = self._residuals(ids, mask, means.places[1])
+        with self.counting():
+            means.update(residuals, harmful, batch.weight)
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
 
@@ -218,7 +220,8 @@ class Rosi(Selecting):
         """The unchanged model, and the directions that separate best with each of the first strengths."""
         if not self.counted or not self.sums.merged:
             raise self.unfitted()
-        self.sums.merge()
+        with self.changing():
+            self.sums.merge()
         h = self.hparams
         seen_both = bool((self.means.n > 0).all())
         directions = best_directions(self.means, self.layers, h["topm"]) if seen_both else []
@@ -408,6 +411,18 @@ class Rosi(Selecting):
             "sums": {name: {"places": sums.places, "width": sums.width} for name, sums in self.sums.merged.items()},
             "record": self.record.as_dict() if self.record else None,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what was learnt."""
+        tensors = checkpoint.get("state_dict") or {}
+        if "sums.merged.means.n" in tensors:
+            # A checkpoint without this sum has left no sample out.
+            tensors.setdefault("sums.merged.means.n_left_out", torch.zeros((), dtype=torch.float64))
+        super().on_load_checkpoint(checkpoint)
+
+    def stored_counts(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, float]:
+        """Number of samples in the sums of both classes."""
+        return stored_counts(tensors, "sums")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over sums, selection and edit."""

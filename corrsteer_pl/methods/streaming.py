@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from corrsteer_pl.data import Batch
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.interventions.steering import SteeringVectors
 from corrsteer_pl.methods.accumulation.candidates import judge_left_out, mean_reward, require_different, rewards_differ
-from corrsteer_pl.methods.accumulation.sums import Accumulator
+from corrsteer_pl.methods.accumulation.sums import Accumulator, stored_counts
 from corrsteer_pl.methods.inspection import SteeringInspection
 from corrsteer_pl.methods.steering import Steering
 from corrsteer_pl.models.hooks import PoolReader
@@ -76,7 +77,9 @@ class Streaming(Steering):
         """Generate unsteered, score, and update the running sums."""
         reader = PoolReader(self.encoders, self.pools)
         texts = self.fit_answering.observe(batch, reader)
-        self.accumulate(batch, reader, self.fit_answering.rewards(texts, batch))
+        rewards = self.fit_answering.rewards(texts, batch)
+        with self.counting():
+            self.accumulate(batch, reader, rewards)
         # Lightning counts steps, and writes checkpoints by them, only if there is something to optimise.
         return torch.zeros((), requires_grad=True)
 
@@ -92,7 +95,8 @@ class Streaming(Steering):
         if not self.counted:
             raise self.unfitted()
         self.require_encoders()
-        self.sums.merge()
+        with self.changing():
+            self.sums.merge()
         self.left_out = judge_left_out(self.sums, self.pool, self.precision)
         if self.has_seen_all:
             require_different(self.moments)
@@ -104,7 +108,8 @@ class Streaming(Steering):
 
     def is_worth_saving(self) -> bool:
         """Whether rewards differ so far: equal ones would never lead to a selection."""
-        self.sums.merge()
+        with self.changing():
+            self.sums.merge()
         return rewards_differ(self.moments)
 
     @property
@@ -139,7 +144,20 @@ class Streaming(Steering):
         self.sums.merge()
         return {**super().state(), "sums": self.sums.shape()}
 
+    def stored_counts(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, float]:
+        """Number of samples in the sums of each layer and pool."""
+        return stored_counts(tensors, "sums")
+
     def restore_more(self, state: dict[str, Any]) -> None:
-        """Take over the sums."""
+        """Take over the sums.
+
+        Raises:
+            UserError: A fit goes on with other layers.
+        """
         # Lightning loads the values of these buffers after this hook.
         self.sums = Accumulator.shaped(state["sums"])
+        if self.encoders and self.sums.widths and self.encoders.keys() != self.sums.widths.keys():
+            raise UserError(
+                f"model.layers reads the layers {choices(self.encoders)}, but the checkpoint was fitted with "
+                f"{choices(self.sums.widths)}. Leave it out, or fit from the beginning without --ckpt_path."
+            )

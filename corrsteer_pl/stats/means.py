@@ -15,6 +15,7 @@ class ClassMeans(Sums):
 
     Attributes:
         n: ``(2,)``, samples of each class.
+        n_left_out: Number of samples that the other sums lack, because a value was not finite.
         x: ``(2, *places, width)``, sums of their vectors.
         xx: ``(2, *places)``, sums of their squared norms.
 
@@ -32,6 +33,7 @@ class ClassMeans(Sums):
     """
 
     n: Tensor
+    n_left_out: Tensor
     x: Tensor
     xx: Tensor
 
@@ -40,6 +42,7 @@ class ClassMeans(Sums):
         self.places, self.width = places, width
         for name, shape in {"n": (), "x": (*places, width), "xx": places}.items():
             self.register_buffer(name, torch.zeros(2, *shape, dtype=torch.float64))
+        self.register_buffer("n_left_out", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, x: Tensor, positive: Tensor, weight: Tensor) -> None:
@@ -49,6 +52,7 @@ class ClassMeans(Sums):
         x = torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)
         positive = positive.to(self.x.device).double()
         classes = torch.stack([1 - positive, positive]) * weight * finite  # (2, batch)
+        self.n_left_out += (weight * ~finite).sum()
         self.n += classes.sum(1)
         self.x += torch.einsum("cb,b...->c...", classes, x)
         self.xx += torch.einsum("cb,b...->c...", classes, x.square().sum(-1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corrsteer_pl.data import Batch
-from corrsteer_pl.methods.accumulation.blocks import Block, Blocks, Key
+from corrsteer_pl.methods.accumulation.blocks import Block, Blocks, Key, SparseRows
 from corrsteer_pl.methods.accumulation.strongest import Strongest
 from corrsteer_pl.methods.accumulation.sums import MergedSums
 from corrsteer_pl.selection import Feature, rank
@@ -165,6 +165,21 @@ class Search(nn.Module):
             search.blocks.restore(state["left"]["blocks"], this_process())
             search.strongest.restore(state["left"]["strongest"], this_process())
         return search
+
+
+def waiting_counts(state: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """Number of samples that wait for the end of their block, in what :meth:`Search.state` gave.
+
+    Returns:
+        All of them, and by layer those that the sums will leave out because an activation is not finite.
+    """
+    waiting = state["left"] and state["left"]["blocks"]["waiting"]
+    if not waiting:
+        return 0, {}
+    pool = state["options"]["pool"]
+    rows = {layer: SparseRows(**x).matrix() for (layer, kind), x in waiting["x"].items() if kind == pool}
+    finite = {_key(layer): torch.sparse.sum(x, 1).to_dense().isfinite() for layer, x in rows.items()}
+    return len(waiting["rows"]), {key: int((~mask).sum()) for key, mask in finite.items()}
 
 
 def stability_of(sums: SearchSums, candidates: Collection[Feature], topk: int, topm: int) -> tuple[float, list[float]]:

@@ -47,6 +47,22 @@ class MergedSums(nn.Module):
             self.merged[key].absorb(fresh)
 
 
+def stored_counts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+    """Number of samples in each of the merged sums of a checkpoint, those that were left out included.
+
+    Args:
+        tensors: Buffers of the checkpoint.
+        prefix: Name of the :class:`MergedSums` in the module.
+    """
+    start = f"{prefix}.merged."
+    names = [name for name in tensors if name.startswith(start) and name.endswith(".n")]
+    left_out = {name: tensors.get(f"{name}_left_out", torch.zeros(())) for name in names}
+    return {
+        name.removeprefix(start).removesuffix(".n"): tensors[name].sum().item() + left_out[name].item()
+        for name in names
+    }
+
+
 class Accumulator(MergedSums):
     """:class:`Moments` per layer and pool, and a :class:`Histogram` per layer where a score needs one.
 

@@ -175,6 +175,25 @@ def check_saes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         )
 
 
+def check_counter(counted: int, counts: Mapping[str, float]) -> None:
+    """Refuse a checkpoint whose sums have other samples than it counts.
+
+    Args:
+        counted: Number of samples that the checkpoint counts.
+        counts: Number of samples in each of its sums, by the name of the sum.
+
+    Raises:
+        UserError: Naming the first that differs.
+    """
+    for name, count in counts.items():
+        if count != counted:
+            raise UserError(
+                f"the checkpoint counts {counted} samples, but its sums ({name}) have {count:g}, so a step was "
+                "interrupted when it was written. Go on from an earlier checkpoint, or fit from the beginning without "
+                "--ckpt_path."
+            )
+
+
 def check_samples(stored: str, own: str) -> None:
     """Refuse to go on with a fit on samples that have changed, by their fingerprints.
 
