@@ -1,13 +1,15 @@
 """Reading rows from files, and writing results atomically."""
 
 import csv
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -146,24 +148,42 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_utf8(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def ending(path: Path) -> str:
+    """The ending of a file's name that tells its format, in lower case.
+
+    Example:
+        >>> ending(Path("Age.test.jsonl")), ending(Path("train.CSV.gz")), ending(Path("notes"))
+        ('.jsonl', '.csv.gz', '')
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    double = "".join(suffixes)
+    return double if double in READERS else suffixes[-1] if suffixes else ""
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL, CSV or parquet file, by its ending.
+    """Rows of a JSONL, JSON, CSV, TSV or parquet file, by its ending; see :func:`read_located_rows`."""
+    return [row for _, row in read_located_rows(path)]
+
+
+def read_located_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a file, by its ending, each with its location in the file, such as ``line 3``.
 
     Raises:
         UserError: There is no such regular file, its ending is unknown, or a line is broken (with its number).
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file. Set data.path to one.")
-    if path.suffix not in READERS:
+    kind = ending(path)
+    if kind not in READERS:
         raise UserError(f"{path} is none of the kinds that can be read ({choices(READERS)}). Set data.path to one.")
     try:
-        return READERS[path.suffix](path)
+        return READERS[kind](path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({one_line(error.strerror or error)}). Set data.path to a readable file."
         ) from error
-    except (ValueError, OverflowError, csv.Error) as error:
-        raise UserError(f"{path} is no valid {path.suffix[1:]} file ({one_line(error)}).") from error
+    except (ValueError, OverflowError, csv.Error, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is no valid {kind[1:]} file ({one_line(error)}).") from error
 
 
 def parsed_json(text: str) -> Any:
@@ -190,9 +210,19 @@ def parsed_json(text: str) -> Any:
     return value
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+LocatedRows = list[tuple[str, dict[str, Any]]]
+
+
+def _opened(path: Path, newline: str | None = None) -> TextIO:
+    """A text file in UTF-8, with or without a byte order mark, decompressed if it ends in ``.gz``."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def _read_jsonl(path: Path) -> LocatedRows:
     rows = []
-    with path.open(encoding="utf-8-sig") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -202,13 +232,32 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f"{path}, line {number}: no valid JSON ({error}). Mend or remove the line.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}.")
-            rows.append(row)
+            rows.append((f"line {number}", row))
     return rows
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+def _read_json(path: Path) -> LocatedRows:
+    """A list of objects, the same under the name ``data``, or one object a line."""
+    with _opened(path) as file:
+        text = file.read()
+    try:
+        value = parsed_json(text)
+    except ValueError:
+        return _read_jsonl(path)
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise UserError(
+            f"{path} holds no list of objects. "
+            'Write it as [{"column": value}, ...], as {"data": [...]}, or as JSONL.'
+        )
+    return [(f"row {number}", row) for number, row in enumerate(value, start=1)]
+
+
+def _read_csv(path: Path) -> LocatedRows:
+    with _opened(path, newline="") as lines:
+        delimiter = "\t" if ".tsv" in path.name.lower()[-7:] else ","
+        reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
         names = list(reader.fieldnames or [])
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise UserError(f"{path} has two columns {twice[0]!r}. Give each another name.")
@@ -221,23 +270,32 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
                 )
             if any("\0" in value for value in row.values() if value is not None):
                 raise UserError(f"{path}, line {reader.line_num}: a NUL character. Save the file as text in UTF-8.")
-            rows.append(row)
+            rows.append((f"line {reader.line_num}", row))
         return rows
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> LocatedRows:
     # Imported here because it is slow to import and most runs do not need it.
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
     try:
-        return read_table(path).to_pylist()
+        rows = read_table(path).to_pylist()
     except ArrowException as error:
         raise ValueError(str(error)) from error
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path], LocatedRows]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".json": _read_json,
+    ".tsv": _read_csv,
+    ".jsonl.gz": _read_jsonl,
+    ".json.gz": _read_json,
+    ".csv.gz": _read_csv,
+    ".tsv.gz": _read_csv,
 }
+# Endings of tables, whose cells have no types.
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")

@@ -38,7 +38,8 @@ class TaskDataModule(LightningDataModule):
             Hugging Face Hub; None for the task's own data.
         task_args: Options of the task, such as column names.
         subset: Named configuration of the data set, or a list of several that are read one after the other.
-        filter: Columns with the value, or the list of values, that are kept: ``{context_condition: ambig}``.
+        filter: Columns with the value, or the list of values, that are kept: ``{context_condition: ambig}``; null sets
+            no condition.
         balance: Column each of whose values is to have as many rows as the rarest, in every split, ``harmful`` for
             example; None keeps all rows.
         train_split: Which split is fitted on, ``all`` for all together; the same name for several splits divides
@@ -46,7 +47,8 @@ class TaskDataModule(LightningDataModule):
         val_split: The same for validation.
         test_split: The same for test.
         fit_on: Another task to fit on, all of its ``train_split``, with its own ``task``, ``path``, ``subset``,
-            ``revision``, ``task_args``, ``filter`` and ``balance``; validation and test stay with ``task``.
+            ``revision``, ``task_args``, ``filter``, ``balance`` and ``on_missing``; validation and test stay with
+            ``task``.
         train_size: Largest number of samples to fit on.
         val_size: Largest number of validation samples.
         test_size: Largest number of test samples; None takes all.
@@ -62,6 +64,8 @@ class TaskDataModule(LightningDataModule):
             Results keep the order of the rows and change only by rounding.
         seed: Seed of the splits and their order.
         revision: Branch, tag or commit of the data set on the Hub; None for its newest.
+        on_missing: What becomes of rows without a value that the task needs, in the question, the gold answer, the
+            options, the group or the label: ``error`` names them, ``drop`` leaves them out and counts them.
 
     Raises:
         UserError: An option has a value of another type, or out of range.
@@ -72,7 +76,7 @@ class TaskDataModule(LightningDataModule):
 
     TESTED = (
         "path", "revision", "subset", "task_args", "filter", "balance", "train_split", "val_split", "test_split",
-        "test_size", "chat_template", "system_prompt", "shots", "restrict", "reverse", "seed",
+        "test_size", "on_missing", "chat_template", "system_prompt", "shots", "restrict", "reverse", "seed",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +103,7 @@ class TaskDataModule(LightningDataModule):
         revision: str | None = None,
         balance: str | None = None,
         system_prompt: str | None = None,
+        on_missing: Literal["error", "drop"] = "error",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -111,9 +116,9 @@ class TaskDataModule(LightningDataModule):
             paths = absolute(named) if isinstance(named, str) else [absolute(str(path)) for path in named]
             self.hparams["fit_on"] = fit_on = {**fit_on, "path": paths}
         self.rows = TaskData(
-            task, path, task_args, subset, filter, train_split, val_split, test_split, revision, balance
+            task, path, task_args, subset, filter, train_split, val_split, test_split, revision, balance, on_missing
         )
-        self.fit_rows = _fit_rows(fit_on) if fit_on else self.rows
+        self.fit_rows = _fit_rows({"on_missing": on_missing, **fit_on}) if fit_on else self.rows
         self.sizes: dict[Split, int | None] = {"train": train_size, "validation": val_size, "test": test_size}
         if negative := [f"data.{n}_size is {s}" for n, s in self.sizes.items() if s is not None and s < 0]:
             raise UserError(f"{negative[0]}; it is a number of samples, at least 0.")
@@ -378,7 +383,7 @@ def _by_length(lengths: Sequence[int], bucket: int) -> list[int]:
 
 
 def _fit_rows(options: dict[str, Any]) -> TaskData:
-    known = ("task", "path", "revision", "subset", "task_args", "filter", "balance", "train_split")
+    known = ("task", "path", "revision", "subset", "task_args", "filter", "balance", "train_split", "on_missing")
     check_options(TaskData, options, "data.fit_on", known)
     if "task" not in options:
         raise UserError("data.fit_on names no task. Give it one, as in {task: mmlu}.")

@@ -1,17 +1,26 @@
 """Rows of a split, from local files or from the Hugging Face Hub."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from corrsteer_pl.data.rows import Row, rows_of_file, with_unique_ids
 from corrsteer_pl.errors import UserError, choices, nearest
-from corrsteer_pl.files import READERS, exists, read_rows
+from corrsteer_pl.files import READERS, TABLES, ending, exists, read_located_rows
 from corrsteer_pl.hub import HUB_ERRORS, reason
 
 ALL = "all"
+# Files of other formats that may hold a split, and files that never do.
+SHARD = re.compile(r"-(\d+)-of-(\d+)$")
+UNREADABLE = (
+    ".arrow", ".feather", ".orc", ".xlsx", ".xls", ".pkl", ".pickle", ".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4",
+    ".tar",
+)  # fmt: skip
+DOCUMENTS = (".md", ".py", ".sh", ".ipynb", ".yaml", ".yml", ".toml", ".cfg", ".log", ".lock", ".html", ".pdf")
+# JSON files that describe a data set.
+METADATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "metadata", "croissant", "config", "readme")
 
 
 class RowSource:
@@ -75,7 +84,7 @@ class RowSource:
         """Names for the only split of a single file; empty for a folder or the Hub."""
         if self.local is None or not self.local.is_file():
             return ()
-        return (ALL, *sorted({self.local.stem, _parts(self.local)[1]}))
+        return (ALL, *sorted({_stem(self.local), _parts(self.local)[1]}))
 
     def has(self, split: str) -> bool:
         """Whether there is such a split. A single file has every split, for all share its rows.
@@ -84,6 +93,7 @@ class RowSource:
             UserError: The Hub cannot say so.
         """
         if self.local is not None:
+            self._check_readable(_part_of(split)[0])
             return bool(self._files(_part_of(split)[0]))
         try:
             subset = self.subsets[0] if self.subsets else None
@@ -100,8 +110,8 @@ class RowSource:
         name, part = _part_of(split)
         return tuple(f"{file}{part or ''}" for file in self._files(name))
 
-    def read(self, split: str) -> list[tuple[str, dict[str, Any]]]:
-        """The rows of a split, each with an id.
+    def read(self, split: str) -> list[Row]:
+        """The rows of a split, each with an id that is unique in the split.
 
         Raises:
             UserError: There is no such split, or it cannot be read.
@@ -109,26 +119,31 @@ class RowSource:
         rows = self._rows(split)
         if not self.is_one_of_several:
             return rows
-        return [(f"{self.name}:{id}", {"source": self.name, **row}) for id, row in rows]
+        return [replace(row, id=f"{self.name}:{row.id}", values={"source": self.name, **row.values}) for row in rows]
 
     @property
     def name(self) -> str:
         """What the data set is called among several: its id on the Hub, or the name of its file or folder."""
         if self.local is None:
             return self.path
-        return self.local.stem if self.local.is_file() else self.local.resolve().name
+        return _stem(self.local) if self.local.is_file() else self.local.resolve().name
 
-    def _rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
+    def _rows(self, split: str) -> list[Row]:
         if self.local is None:
-            return [row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)]
+            return with_unique_ids([row for subset in self.subsets or (None,) for row in self._from_hub(subset, split)])
         name, part = _part_of(split)
+        self._check_readable(name)
         if not (files := self._files(name)):
             raise self.without(name)
-        found: dict[str | None, list[tuple[str, dict[str, Any]]]] = {}
+        _check_forms(files)
+        located: dict[str | None, list[Row]] = {}
         for file in files:
             subset = _parts(file)[0]
-            found.setdefault(subset, []).extend(_numbered(_named(read_rows(file), subset), file.stem))
-        return [row for rows in found.values() for row in _sliced(rows, part)]
+            rows = _named(read_located_rows(file), subset)
+            located.setdefault(subset, []).extend(rows_of_file(rows, _stem(file), file.name, ending(file) in TABLES))
+        # Ids are made unique in the whole split, so that they do not depend on the part.
+        unique = iter(with_unique_ids([row for rows in located.values() for row in rows]))
+        return [row for rows in located.values() for row in _sliced([next(unique) for _ in rows], part)]
 
     def without(self, split: str) -> UserError:
         """The error for a split that does not exist."""
@@ -141,13 +156,24 @@ class RowSource:
             "Set data.train_split, data.val_split and data.test_split to names of its files."
         )
 
-    def _all_files(self) -> list[Path]:
+    def _entries(self) -> list[Path]:
+        """All that lies in the folder, in order."""
         if self.local is None or self.local.is_file():
             return [self.local] if self.local else []
         try:
-            return sorted(file for file in self.local.iterdir() if file.suffix in READERS and file.is_file())
+            return sorted(entry for entry in self.local.iterdir() if not entry.name.startswith("."))
         except OSError as error:
             raise UserError(f"the folder {self.local} cannot be read ({error.strerror}).") from error
+
+    def _all_files(self) -> list[Path]:
+        """The files with rows."""
+        entries = self._entries()
+        if self.local is not None and self.local.is_file():
+            return entries
+        return [
+            entry for entry in entries
+            if ending(entry) in READERS and entry.is_file() and _stem(entry).lower() not in METADATA
+        ]  # fmt: skip
 
     def _files(self, split: str) -> list[Path]:
         files = self._all_files()
@@ -157,12 +183,47 @@ class RowSource:
         named = [file for file in found if _parts(file)[0] in self.subsets]
         return named or [file for file in found if not self.subsets or _parts(file)[0] is None]
 
-    def _from_hub(self, subset: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:
+    def _check_readable(self, split: str) -> None:
+        """Reject a split that is there in a form that cannot be read.
+
+        Raises:
+            UserError: Its file has an unknown ending, or is a folder.
+        """
+        if self.local is None or self.local.is_file():
+            return
+        files = self._all_files()
+        has_file = any(_parts(file)[1] == split for file in files)
+        for entry in self._entries():
+            is_data = ending(entry) in READERS or entry.suffix.lower() in UNREADABLE
+            if entry in files or split not in _possible_splits(entry) or (has_file and not is_data):
+                continue
+            if entry.is_dir():
+                raise UserError(f"{entry} is a folder in place of a file of the split {split!r}. Put a file there.")
+            if entry.is_file() and entry.suffix.lower() not in DOCUMENTS:
+                raise UserError(
+                    f"{entry} cannot be read as the split {split!r}; endings are {choices(READERS)}. Convert it, or "
+                    "move it elsewhere."
+                )
+
+    def resembling(self, split: str) -> list[str]:
+        """Names in the folder that may hold a split, in whatever form."""
+        if self.local is None or self.local.is_file():
+            return []
+        pattern = re.compile(rf"(?:^|[^a-z]){split}(?:ing)?(?:[-_. ]?\d+(?:-of-\d+)?)?$")
+        return [
+            entry.name for entry in self._entries()
+            if entry.suffix.lower() not in DOCUMENTS
+            and any(pattern.search(name.lower()) for name in _possible_splits(entry))
+        ]  # fmt: skip
+
+    def _from_hub(self, subset: str | None, split: str) -> list[Row]:
         try:
             rows = _datasets().load_dataset(self.path, subset, split=split, revision=self.revision).to_list()
         except HUB_ERRORS as error:
             raise self._unavailable(error, self._missing(subset, split)) from error
-        return _numbered(_named(rows, subset), f"{subset}:{split}" if subset else split)
+        name = f"{subset}:{split}" if subset else split
+        located = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+        return rows_of_file(_named(located, subset), name, f"{self.path} {name}")
 
     def _unavailable(self, error: Exception, missing: str | None) -> UserError:
         return UserError(
@@ -192,6 +253,12 @@ def _datasets() -> Any:
     return datasets
 
 
+def _stem(file: Path) -> str:
+    """A file's name without the ending that tells its format."""
+    kind = ending(file)
+    return file.name[: len(file.name) - len(kind)] if kind in READERS else file.stem
+
+
 def _parts(file: Path) -> tuple[str | None, str]:
     """Subset and split in a file's name.
 
@@ -199,8 +266,46 @@ def _parts(file: Path) -> tuple[str | None, str]:
         >>> _parts(Path("Age.test.jsonl")), _parts(Path("train-00000-of-00002.parquet"))
         (('Age', 'test'), (None, 'train'))
     """
-    subset, _, split = file.stem.rpartition(".")
-    return subset or None, re.sub(r"-\d+-of-\d+$", "", split)
+    subset, _, split = _stem(file).rpartition(".")
+    return subset or None, SHARD.sub("", split)
+
+
+def _possible_splits(entry: Path) -> set[str]:
+    """Splits that a file of any ending, or a folder, may be meant to hold.
+
+    Example:
+        >>> sorted(_possible_splits(Path("Age.train.jsonl.zst"))), sorted(_possible_splits(Path("train")))
+        (['jsonl', 'train', 'zst'], ['train'])
+    """
+    names = entry.name.split(".")
+    known = {suffix[1:] for suffix in UNREADABLE} | {part for kind in READERS for part in kind[1:].split(".")}
+    inner = [name for name in names[1:] if name.lower() not in known]
+    return {SHARD.sub("", name) for name in [*names[-1:], *names[-2:-1], *(inner[-1:] or names[:1])]}
+
+
+def _check_forms(files: Sequence[Path]) -> None:
+    """Check that the files of each split are either one file or all parts of one.
+
+    Raises:
+        UserError: A split is there in two forms, or lacks a part.
+    """
+    by_split: dict[tuple[str | None, str], list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_parts(file), []).append(file)
+    for (_, split), same in by_split.items():
+        shards = [match for file in same if (match := SHARD.search(_stem(file)))]
+        forms = {(ending(file), match[2] if (match := SHARD.search(_stem(file))) else None) for file in same}
+        if len(forms) > 1 or (len(same) > 1 and not shards):
+            raise UserError(
+                f"the split {split!r} is there more than once: {choices(file.name for file in same)}. "
+                "Remove all but one."
+            )
+        numbers = {int(match[1]) for match in shards}
+        if shards and (absent := sorted(set(range(int(shards[0][2]))) - numbers)):
+            raise UserError(
+                f"the split {split!r} has {len(numbers)} of {int(shards[0][2])} files, and lacks number {absent[0]}: "
+                f"{choices(file.name for file in same)}. Add it."
+            )
 
 
 def _part_of(split: str) -> tuple[str, str | None]:
@@ -237,56 +342,6 @@ def _sliced(rows: list[Any], part: str | None) -> list[Any]:
     return rows[slice(*map(place, part[1:-1].split(":")))]
 
 
-def _named(rows: Sequence[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
-    """Rows that say in a column ``subset`` which one they are of, unless they have such a column."""
-    return list(rows) if subset is None else [{"subset": subset, **row} for row in rows]
-
-
-def _numbered(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
-    ids = [row.get("id") for row in rows]
-    return [(f"{name}:{i}" if id is None else str(id), row) for i, (id, row) in enumerate(zip(ids, rows, strict=True))]
-
-
-def with_values(
-    rows: Sequence[tuple[str, dict[str, Any]]], wanted: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """The rows whose columns have the wanted values, each one value or a list of them.
-
-    Raises:
-        UserError: No such column, or a value that no row has.
-    """
-    for name, value in wanted.items():
-        values = [str(v) for v in (value if isinstance(value, list) else [value])]
-        if rows and not any(name in row for _, row in rows):
-            raise UserError(f"data.filter names the column {name!r}, which is not in the data ({choices(rows[0][1])}).")
-        present = {str(row.get(name)) for _, row in rows}
-        if absent := [v for v in values if v not in present]:
-            raise UserError(
-                f"data.filter wants {name} {absent[0]!r}, which no row has. "
-                f"Set it to one of {choices(map(repr, nearest(absent[0], sorted(present))))}."
-            )
-        rows = [(id, row) for id, row in rows if str(row.get(name)) in values]
-    return list(rows)
-
-
-def balanced(rows: Sequence[tuple[str, dict[str, Any]]], column: str) -> list[tuple[str, dict[str, Any]]]:
-    """As many rows of each value of a column as its rarest value has, drawn at random, always the same; in order.
-
-    Raises:
-        UserError: No such column.
-
-    Example:
-        >>> [row["x"] for _, row in balanced([("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 2})], "x")]
-        [1, 2]
-    """
-    if rows and not any(column in row for _, row in rows):
-        raise UserError(f"data.balance names the column {column!r}, which is not in the data ({choices(rows[0][1])}).")
-    places: dict[str, list[int]] = {}
-    for i, (_, row) in enumerate(rows):
-        places.setdefault(str(row.get(column)), []).append(i)
-    fewest = min(map(len, places.values()), default=0)
-    kept: list[int] = []
-    for some in places.values():
-        drawn = torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:fewest]
-        kept += [some[i] for i in drawn.tolist()]
-    return [rows[i] for i in sorted(kept)]
+def _named(rows: Sequence[tuple[str, dict[str, Any]]], subset: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """Located rows that say in a column ``subset`` which one they are of, unless they have such a column."""
+    return list(rows) if subset is None else [(where, {"subset": subset, **row}) for where, row in rows]

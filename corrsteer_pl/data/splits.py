@@ -1,16 +1,27 @@
 """A task with its rows, divided into disjoint splits."""
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
 
-from corrsteer_pl.data.sources import RowSource, balanced, with_values
+from corrsteer_pl.data.rows import (
+    Row,
+    balanced,
+    check_known,
+    check_missing,
+    values_of,
+    with_values,
+)
+from corrsteer_pl.data.sources import ALL, RowSource
 from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import exists
 from corrsteer_pl.tasks import Example, make_task, users_own
+from corrsteer_pl.tasks.base import MissingValue, NoColumn, is_missing
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -33,6 +44,7 @@ class TaskData:
         test_split: The same for test.
         revision: Branch, tag or commit of a data set on the Hub; None for its newest.
         balance: Column each of whose values is to have as many rows as the rarest, in every split; None for all rows.
+        on_missing: What becomes of rows without a value that the task needs: ``error`` or ``drop``.
 
     Raises:
         UserError: The task, the options or the path are unknown.
@@ -50,7 +62,9 @@ class TaskData:
         test_split: str | None = None,
         revision: str | None = None,
         balance: str | None = None,
+        on_missing: Literal["error", "drop"] = "error",
     ) -> None:
+        self.on_missing = on_missing
         self.name, self.task, self.filter = task, make_task(task, task_args or {}), filter or {}
         self.balance = balance
         self.path, self.subset, self.revision = path, subset, revision
@@ -76,12 +90,19 @@ class TaskData:
         places = {split: source.place(name) for split, name in self.names.items()}
         names = dict(self.names)
         if not places["train"] and places["validation"] and self._named["train"] is None:
+            if "train" in needed and (files := source.resembling("train")):
+                raise UserError(
+                    f"data.path has no split {names['train']!r}, but {choices(files)}. Name its files "
+                    "[subset.]train.ENDING, or set data.train_split."
+                )
             names["train"], places["train"] = names["validation"], places["validation"]
+        rows = {places[split]: source.read(names[split]) for split in dict.fromkeys(needed)}
+        self._check_named_values([row for some in rows.values() for row in some])
         found: dict[Split, list[Example]] = {}
         for split in needed:
             if split not in found:
                 sharing = [other for other in SPLITS if places[other] == places[split]]
-                found |= self._carve(self._made(source, names[split]), sharing, seed)
+                found |= self._carve(self._made(rows[places[split]]), sharing, seed)
         return {split: found[split] for split in SPLITS if split in needed}
 
     def has(self, split: Split) -> bool:
@@ -128,8 +149,9 @@ class TaskData:
             UserError: The split does not exist, or a row cannot be used.
         """
         sources = self._sources() if isinstance(self.path, list) else [self._source([split])]
-        rows = [row for source in sources for row in self._made(source, self.names[split])]
-        return self._carve(rows, [split], seed)[split]
+        rows = [row for source in sources for row in source.read(self.names[split])]
+        self._check_named_values(rows)
+        return self._carve(self._made(rows), [split], seed)[split]
 
     def _sources(self) -> list[RowSource]:
         """Several data sets."""
@@ -148,19 +170,50 @@ class TaskData:
             for path, subset in zip(paths, subsets, strict=True)
         ]
         names = [source.name for source in sources]
+        split = (self._named["train"] or ALL).partition("[")[0]
+        if wrong := [source for source in sources if source.only_names and split not in source.only_names]:
+            raise UserError(
+                f"data.fit_on.train_split is {split!r}, but {wrong[0].path} is one file. Set it to null, or to one of "
+                f"{choices(wrong[0].only_names)}."
+            )
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"data.fit_on.path names two data sets called {twice[0]!r}. Rename one of the folders.")
         return sources
 
-    def _made(self, source: RowSource, name: str) -> list[list[Example]]:
-        """The samples of each row that the filter and the balance keep."""
-        rows = with_values(source.read(name), self.filter)
-        rows = rows if self.balance is None else balanced(rows, self.balance)
-        return [self._examples(row, id) for id, row in rows]
+    def _check_named_values(self, rows: Sequence[Row]) -> None:
+        """Check that the values of columns that the task's options name occur in the data."""
+        for option, name, wanted in self.task.named_values() if rows else ():
+            # A column that no row has is reported with its row.
+            if present := values_of(rows, name):
+                check_known(option, name, wanted, present)
 
-    def _examples(self, row: dict[str, Any], id: str) -> list[Example]:
-        with users_own(f"the task {self.name} on the row {id}"):
-            return self.task.examples(row, id)
+    def _made(self, rows: Sequence[Row]) -> list[list[Example]]:
+        """The samples of each row that the filter and the balance keep, with unique ids."""
+        rows = with_values(rows, self.filter)
+        made: dict[str, list[Example]] = {}
+        missing: list[tuple[Row, MissingValue]] = []
+        for row in rows:
+            try:
+                if self.balance in row.values and is_missing(row.values[self.balance]):
+                    raise MissingValue(row.id, str(self.balance))
+                made[row.id] = self._examples(row)
+            except NoColumn as error:
+                if not values_of(rows, error.column):
+                    raise
+                missing.append((row, error))
+            except MissingValue as error:
+                missing.append((row, error))
+        check_missing(missing, len(rows), self.on_missing == "drop")
+        rows = [row for row in rows if row.id in made]
+        rows = rows if self.balance is None else balanced(rows, self.balance)
+        return _with_unique_ids([(row, made[row.id]) for row in rows])
+
+    def _examples(self, row: Row) -> list[Example]:
+        with users_own(f"the task {self.name} on the row {row.id}"):
+            examples = self.task.examples(row.values, row.id)
+        for example in examples:
+            _check_values(example, row)
+        return examples
 
     def _carve(self, rows: list[list[Example]], splits: Sequence[Split], seed: int) -> dict[Split, list[Example]]:
         if len(splits) > 1:
@@ -181,6 +234,49 @@ class TaskData:
     def in_order(self, examples: list[Example]) -> list[Example]:
         """Examples of one split in the order of their rows."""
         return sorted(examples, key=lambda example: self._positions[id(example)])
+
+
+def _check_values(example: Example, row: Row) -> None:
+    """Check that an example has no missing value of its row, which a task may have made text of.
+
+    Raises:
+        MissingValue: Its prompt, gold answer, options or groups have.
+    """
+    columns = {
+        str(value): name for name, value in row.values.items() if is_missing(value) and not isinstance(value, str)
+    }
+    # A pandas NaN has become None, whose text a row may have elsewhere as a value.
+    columns = {text: name for text, name in columns.items() if text not in row.values.values()}
+    fields = (example.prompt, example.gold, *example.options, *example.groups)
+    for value in fields:
+        if (
+            value is None
+            or (isinstance(value, str) and value in columns)
+            or (not isinstance(value, str) and is_missing(value))
+        ):
+            raise MissingValue(row.id, columns.get(str(value), "of its prompt, gold answer, options or groups"))
+
+
+def _with_unique_ids(made: Sequence[tuple[Row, list[Example]]]) -> list[list[Example]]:
+    """The examples of each row; those that share an id are called by their row, and their number in it."""
+    counts = Counter(example.id for _, examples in made for example in examples)
+    if all(count == 1 for count in counts.values()):
+        return [examples for _, examples in made]
+    warnings.warn(
+        f"{sum(count for count in counts.values() if count > 1)} of {sum(counts.values())} examples share their id "
+        f"with another, such as {counts.most_common(1)[0][0]!r}. They are called by their row instead.",
+        stacklevel=2,
+    )
+    named = [[f"{row.id}/{i}" if len(some) > 1 else row.id for i in range(len(some))] for row, some in made]
+    # Unique ids stay, unless one looks like a new one.
+    new = {id for ids in named for id in ids}
+    renamed = [
+        [replace(e, id=id) if counts[e.id] > 1 or e.id in new else e for e, id in zip(some, ids, strict=True)]
+        for (_, some), ids in zip(made, named, strict=True)
+    ]
+    if len({e.id for some in renamed for e in some}) < sum(counts.values()):
+        renamed = [[replace(e, id=f"{row.file}:{row.location}/{i}") for i, e in enumerate(some)] for row, some in made]
+    return renamed
 
 
 def _each_prompt_once(rows: list[list[Example]]) -> list[list[Example]]:

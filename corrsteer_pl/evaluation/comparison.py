@@ -12,9 +12,9 @@ from typing import Any
 from corrsteer_pl.errors import UserError, one_line
 from corrsteer_pl.evaluation import figures
 from corrsteer_pl.evaluation.figures import Point
-from corrsteer_pl.evaluation.paired import average_over_seeds, side_effect_ratio
+from corrsteer_pl.evaluation.paired import average_over_seeds, outcome_rows, side_effect_ratio
 from corrsteer_pl.evaluation.tables import percent
-from corrsteer_pl.files import read_rows, write_json
+from corrsteer_pl.files import write_json
 
 CELL = "cell.json"
 # The test on the task of the fit.
@@ -152,7 +152,7 @@ def _line(all_cells: Sequence[tuple[Path, Cell]]) -> Line:
 
 def _differences(folder: Path) -> dict[str, float]:
     """The paired difference of every test example of a cell, by its id."""
-    rows = read_rows(folder / "test" / OWN / "outcomes.jsonl")
+    rows = outcome_rows(folder / "test" / OWN / "outcomes.jsonl")
     return {row["id"]: row["reward_steered"] - row["reward_baseline"] for row in rows}
 
 

@@ -1,14 +1,18 @@
 """Two models on the same samples: difference, interval, test, side effects."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from corrsteer_pl.errors import UserError
+from corrsteer_pl.files import read_rows
 from corrsteer_pl.stats import TOLERANCE, changes, sign_test
 
 Z_95 = 1.959963984540054
@@ -27,6 +31,22 @@ class Outcome:
     answer_steered: str
     reward_baseline: float
     reward_steered: float
+
+
+def outcome_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of outcomes, which are joined with others by their ids.
+
+    Raises:
+        UserError: The file cannot be read, or two rows share an id.
+    """
+    rows = read_rows(path)
+    counts = Counter(row["id"] for row in rows)
+    if shared := [id for id, count in counts.items() if count > 1]:
+        raise UserError(
+            f"{path} has {len(shared)} ids that several rows share, such as {shared[0]!r}. Test again, which gives "
+            "every row an id of its own."
+        )
+    return rows
 
 
 def side_effect_ratio(worse: int, better: int) -> float | None:

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from corrsteer_pl.errors import UserError, choices, one_line
-from corrsteer_pl.evaluation.paired import Outcome
-from corrsteer_pl.files import read_rows
+from corrsteer_pl.evaluation.paired import Outcome, outcome_rows
 from corrsteer_pl.selection import Selection
 
 
@@ -139,7 +138,7 @@ class Run:
         chosen = name or (own if own in self.tests else next(iter(self.tests), None))
         if chosen is None:
             return None
-        rows = read_rows(self.folder / "test" / chosen / "outcomes.jsonl")
+        rows = outcome_rows(self.folder / "test" / chosen / "outcomes.jsonl")
         outcomes = [Outcome(**{**row, "groups": tuple(row["groups"])}) for row in rows]
         return Test(chosen, self.tests[chosen], outcomes)
 

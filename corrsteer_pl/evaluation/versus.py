@@ -21,7 +21,11 @@ def context_of_two(one: Run, other: Run, name: str | None = None) -> dict[str, A
     name = name or _common(one, other)
     first, second = (_tested(run, name) for run in (one, other))
     mine, theirs = ({o.id: o for o in test.outcomes} for test in (first, second))
-    shared = [key for key in mine if key in theirs and theirs[key].prompt == mine[key].prompt]
+    shared = [
+        key
+        for key in mine
+        if key in theirs and (theirs[key].prompt, theirs[key].gold) == (mine[key].prompt, mine[key].gold)
+    ]
     if not shared or len(shared) < max(len(mine), len(theirs)):
         raise UserError(
             f"{one.folder} was tested on {len(mine)} questions of {first.name}, {other.folder} on {len(theirs)} of "

@@ -117,6 +117,10 @@ class Task(ABC):
         """
         return [self.example(row, id)]
 
+    def named_values(self) -> list[tuple[str, str, Sequence[Any]]]:
+        """Options that name values of a column: option, column, and the values, which have to occur in the data."""
+        return []
+
     def likeliest(self, example: Example, nats: Sequence[float], tokens: Sequence[int]) -> str:
         """The answer of a task that is answered by likelihood: the option that is the likeliest per byte of its text.
 
@@ -193,26 +197,109 @@ def rewards_of(task: Task, texts: Sequence[str], examples: Sequence[Example]) ->
     return [float(reward) for reward in rewards]
 
 
-def column(row: Mapping[str, Any], name: str, option: str, id: str) -> Any:
+class MissingValue(UserError):
+    """A row has nothing where its task needs a value.
+
+    Args:
+        id: The row.
+        column: The column.
+        message: Another message than the usual one.
+    """
+
+    def __init__(self, id: str, column: str, message: str | None = None) -> None:
+        usual = f"row {id} has nothing in the column {column!r}. Fill it in or remove the row."
+        super().__init__(usual if message is None else message)
+        self.column = column
+
+
+class NoColumn(MissingValue):
+    """A row lacks a column that its task needs; others may have it."""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for nothing: None, NaN, NaT, NA, or text of white space alone.
+
+    Example:
+        >>> is_missing(None), is_missing(float("nan")), is_missing(" "), is_missing(0), is_missing([])
+        (True, True, True, False, False)
+    """
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip("\ufeff\u200b \t\r\n") or not value.strip()
+    if isinstance(value, (list, tuple, dict)):
+        return False
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):
+        return False
+
+
+def plain_text(value: Any) -> str:
+    """A value as text for comparison; a number without decimals as an integer.
+
+    Example:
+        >>> plain_text(1.0), plain_text(True), plain_text("1.0")
+        ('1', 'True', '1.0')
+    """
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def column(row: Mapping[str, Any], name: str, option: str, id: str, may_be_blank: bool = False) -> Any:
     """The value of a named column, or of a field within it, as ``choices.text``.
 
+    Args:
+        row: The row.
+        name: The column.
+        option: The option that named it.
+        id: The row's id.
+        may_be_blank: Whether text without characters is a value.
+
     Raises:
-        UserError: The row has no such column, or nothing in it.
+        MissingValue: The row has nothing in the column.
+        UserError: The row has no such column, or something else than text in it.
     """
     value: Any = row
     for part in [name] if name in row else name.split("."):
         value = structured(value)
+        if value is not row and is_missing(value):
+            raise MissingValue(id, name)
         if not isinstance(value, Mapping) or part not in value:
-            raise UserError(
+            raise NoColumn(
+                id,
+                name,
                 f"column {name!r} is not in the data (columns: {choices(row)}). "
-                f"Set data.task_args.{option} to one of them."
+                f"Set data.task_args.{option} to one of them.",
             )
         value = value[part]
-    if value is None:
-        raise UserError(f"row {id} has nothing in the column {name!r}. Fill it in or remove the row.")
+    if is_missing(value) and not (may_be_blank and isinstance(value, str)):
+        raise MissingValue(id, name)
     if isinstance(value, bytes):
         raise UserError(f"row {id} has bytes in the column {name!r}, not text. Save it as text in UTF-8.")
     return value
+
+
+def optional_column(row: Mapping[str, Any], name: str, id: str) -> Any:
+    """The value of a column that a data set need not have; None if it has none.
+
+    Raises:
+        MissingValue: The data set has the column, but the row has nothing in it.
+    """
+    return column(row, name, name, id) if name in row else None
+
+
+def without_trailing_missing(values: Any, name: str, id: str) -> list[Any]:
+    """A list without missing values at its end, which tables with a fixed number of options have.
+
+    Raises:
+        MissingValue: A value before the end is missing, or all are.
+    """
+    present = list(values)
+    while present and is_missing(present[-1]):
+        present.pop()
+    if any(map(is_missing, present)) or (values and not present):
+        raise MissingValue(id, name)
+    return present
 
 
 def structured(value: Any) -> Any:
@@ -234,7 +321,7 @@ def not_a_number(id: str, name: str, answer: str) -> UserError:
 
 def present(*groups: Any) -> tuple[str, ...]:
     """The groups as text, without missing ones."""
-    return tuple(str(group) for group in groups if group not in (None, ""))
+    return tuple(plain_text(group) for group in groups if not is_missing(group))
 
 
 def check_new_tokens(max_new_tokens: Any) -> int:

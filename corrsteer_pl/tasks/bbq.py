@@ -6,10 +6,21 @@ from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards.text import chosen_letter
-from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, column, present, structured
+from corrsteer_pl.tasks.base import (
+    PAPER_SHARES,
+    Example,
+    Source,
+    column,
+    is_missing,
+    optional_column,
+    plain_text,
+    present,
+    structured,
+)
 from corrsteer_pl.tasks.choice import TEMPLATE, MultipleChoice
 
 ANSWERS = ("ans0", "ans1", "ans2")
+GROUPS = ("category", "context_condition", "question_polarity")
 
 
 class BBQ(MultipleChoice):
@@ -49,7 +60,7 @@ class BBQ(MultipleChoice):
     def right(self, row: Mapping[str, Any], count: int, id: str) -> int:
         """The index of the right answer, ``label`` in the original rows, ``answer_label`` in the Hub's copy."""
         name = "label" if "label" in row else "answer_label"
-        label = str(column(row, name, name, id))
+        label = plain_text(column(row, name, name, id)).removesuffix(".0")
         if label not in map(str, range(count)):
             raise UserError(f"row {id} has the label {label}; it is an index from 0 to {count - 1}.")
         return int(label)
@@ -57,12 +68,12 @@ class BBQ(MultipleChoice):
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one question."""
         plain = super().example(row, id)
-        groups = present(row.get("category"), row.get("context_condition"), row.get("question_polarity"))
+        groups = present(*(optional_column(row, name, id) for name in GROUPS))
         return replace(plain, groups=groups)
 
     def details(self, row: Mapping[str, Any], order: Sequence[int], id: str) -> dict[str, str]:
         """Condition of the context, and the letters of the biased and the counter-biased answer, if known."""
-        known = {"condition": str(row.get("context_condition"))}
+        known = {"condition": str(row.get("context_condition", ""))}
         target, unknown = _stereotyped(row), _unknown(row)
         if target is None or unknown is None or target == unknown:
             return known
@@ -113,8 +124,9 @@ def _unknown(row: Mapping[str, Any]) -> int | None:
 
 def _stereotyped(row: Mapping[str, Any]) -> int | None:
     """The index of the answer that names a member of the stereotyped group; None if the data leave it open."""
-    if row.get("target_label") not in (None, ""):
-        return int(row["target_label"]) if str(row["target_label"]) in ("0", "1", "2") else None
+    if not is_missing(row.get("target_label")):
+        target = plain_text(row["target_label"]).removesuffix(".0")
+        return int(target) if target in ("0", "1", "2") else None
     info, more = _fields(row, "answer_info"), _fields(row, "additional_metadata")
     groups = {group.lower() for group in _texts(more.get("stereotyped_groups"))}
     named = [i for i, name in enumerate(ANSWERS) if groups & _names(_texts(info.get(name)))]

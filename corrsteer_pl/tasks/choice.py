@@ -7,7 +7,19 @@ from typing import Any, ClassVar
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards import TextReward, text
-from corrsteer_pl.tasks.base import Example, Task, check_new_tokens, column, likeliest_option, present, structured
+from corrsteer_pl.tasks.base import (
+    Example,
+    MissingValue,
+    Task,
+    check_new_tokens,
+    column,
+    is_missing,
+    likeliest_option,
+    plain_text,
+    present,
+    structured,
+    without_trailing_missing,
+)
 from corrsteer_pl.tasks.template import Template, check_instruction
 
 # Groups of questions, where some are to be unlearnt.
@@ -71,7 +83,10 @@ class MultipleChoice(Task):
         unlearn: Mapping[str, Sequence[Any]] | None = None,
         template: str | None = None,
     ) -> None:
-        self.unlearn = unlearn
+        self.unlearn = {
+            name: list(values) if isinstance(values, (list, tuple)) else [values]
+            for name, values in (unlearn or {}).items()
+        }
         if not 2 <= options <= len(ascii_uppercase):
             raise UserError(f"data.task_args.options is {options}; a question has 2 to {len(ascii_uppercase)} options.")
         self.question, self.choices, self.answer, self.labels, self.group = question, choices, answer, labels, group
@@ -149,9 +164,15 @@ class MultipleChoice(Task):
         """Whether a question is to be unlearnt or retained; None if there is nothing to unlearn."""
         if not self.unlearn:
             return None
-        wanted = self.unlearn.items()
-        matches = (str(column(row, name, "unlearn", id)) in map(str, values) for name, values in wanted)
+        matches = (
+            plain_text(column(row, name, "unlearn", id)) in map(plain_text, values)
+            for name, values in self.unlearn.items()
+        )
         return UNLEARN if all(matches) else RETAIN
+
+    def named_values(self) -> list[tuple[str, str, Sequence[Any]]]:
+        """What is to be unlearnt."""
+        return [("data.task_args.unlearn", name, values) for name, values in (self.unlearn or {}).items()]
 
     def asked(self, row: Mapping[str, Any], id: str) -> dict[str, str]:
         """The question of a row, as fields of the template."""
@@ -159,7 +180,8 @@ class MultipleChoice(Task):
 
     def offered(self, row: Mapping[str, Any], id: str) -> list[Any]:
         """The options of a row, in the order of the data."""
-        return _listed(column(row, self.choices, "choices", id), id)
+        options = _listed(column(row, self.choices, "choices", id), id)
+        return without_trailing_missing(options, self.choices, id)
 
     def right(self, row: Mapping[str, Any], count: int, id: str) -> int:
         """The index of the right one among ``count`` options.
@@ -168,21 +190,30 @@ class MultipleChoice(Task):
             UserError: The answer is none of the options.
         """
         answer = structured(column(row, self.answer, "answer", id))
-        if isinstance(answer, list) and len(answer) == count and answer.count(1) == 1:
-            return answer.index(1)
-        name = str(answer).strip()
+        if isinstance(answer, list):
+            while answer and is_missing(answer[-1]):
+                answer = answer[:-1]
+            if len(answer) == count and answer.count(1) == 1:
+                return answer.index(1)
+        # An index is a float where pandas has met a missing value.
+        name = plain_text(answer).strip()
+        name = name.removesuffix(".0") if name.removesuffix(".0").isdecimal() and self.labels is None else name
         if self.labels is not None:
-            names = [str(label) for label in _listed(column(row, self.labels, "labels", id), id)]
+            labels = _listed(column(row, self.labels, "labels", id), id)
+            names = [plain_text(label) for label in without_trailing_missing(labels, self.labels, id)]
             if name in names[:count]:
                 return names.index(name)
         elif name.isascii() and name.isdigit() and int(name) < count:
             return int(name)
         elif len(name) == 1 and name in self.letters[:count]:
             return self.letters.index(name)
-        raise UserError(
+        message = (
             f"row {id} has the answer {answer!r}, which is none of its options; an index from 0 to {count - 1} or a "
             f"letter from A to {self.letters[count - 1]} is needed, or one of data.task_args.labels."
         )
+        if isinstance(answer, list) and any(map(is_missing, answer)):
+            raise MissingValue(id, self.answer, message)
+        raise UserError(message)
 
     def details(self, row: Mapping[str, Any], order: Sequence[int], id: str) -> dict[str, str]:
         """What the task's own measures need to know of a row whose options are shown in ``order``."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corrsteer_pl.errors import UserError
-from corrsteer_pl.tasks.base import Example, Task, column, present, structured
+from corrsteer_pl.tasks.base import Example, MissingValue, Task, column, is_missing, plain_text, present, structured
 
 
 class TextClassification(Task):
@@ -40,8 +40,9 @@ class TextClassification(Task):
             raise UserError(f"data.task_args.first_words is {first_words}; it is a number of words, at least 1.")
         self.first_words = first_words
         self.text, self.label, self.group = text, label, group
-        self.positive = {str(value) for value in positive}
-        self.negative = None if negative is None else {str(value) for value in negative}
+        self.positive = {plain_text(value) for value in positive}
+        self.negative = None if negative is None else {plain_text(value) for value in negative}
+        self._given = {"positive": list(positive), "negative": list(negative or ())}
 
     @property
     def reward_name(self) -> str:
@@ -64,11 +65,17 @@ class TextClassification(Task):
         if not isinstance(labels, list) or len(labels) != len(texts):
             raise UserError(f"row {id} has {len(texts)} texts, but not as many labels. Mend or remove the row.")
         found = []
-        for one, text, label in zip(ids, texts, map(str, labels), strict=True):
+        if any(map(is_missing, [*texts, *labels])):
+            raise MissingValue(id, self.text if any(map(is_missing, texts)) else self.label)
+        for one, text, label in zip(ids, texts, map(plain_text, labels), strict=True):
             if label in self.positive or self.negative is None or label in self.negative:
                 gold = "positive" if label in self.positive else "negative"
                 found.append(Example(one, self._beginning(str(text)), gold, present(group, gold)))
         return found
+
+    def named_values(self) -> list[tuple[str, str, Sequence[Any]]]:
+        """The labels."""
+        return [(f"data.task_args.{option}", self.label, values) for option, values in self._given.items()]
 
     def _beginning(self, text: str) -> str:
         return text if self.first_words is None else " ".join(text.split()[: self.first_words])

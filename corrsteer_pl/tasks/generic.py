@@ -40,6 +40,8 @@ class Generic(Task):
             raise UserError(
                 "give either data.task_args.answer (a column) or data.task_args.gold (one text for all rows)."
             )
+        if gold is not None and not gold.strip():
+            raise UserError("data.task_args.gold is empty. Give the text that responses are compared with.")
         if reward == "regex" and gold is not None:
             _check_pattern(gold, "data.task_args.gold is")
         if first_words is not None and first_words < 1:
@@ -56,8 +58,6 @@ class Generic(Task):
         if self.first_words is not None:
             text = " ".join(text.split()[: self.first_words])
         gold = str(self.gold if self.answer is None else column(row, self.answer, "answer", id))
-        if not gold.strip():
-            raise UserError(f"row {id} has an empty gold text. Fill it in or remove the row.")
         if self.reward_name == "regex":
             _check_pattern(gold, f"row {id} has the gold text")
         if self.reward_name == "number" and gold_number(gold) is None:

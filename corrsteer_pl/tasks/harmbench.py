@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from corrsteer_pl.rewards.judges import REJECTION, RefusalReward
-from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, present
+from corrsteer_pl.tasks.base import (
+    PAPER_SHARES,
+    Example,
+    Source,
+    Task,
+    check_new_tokens,
+    column,
+    is_missing,
+    optional_column,
+    present,
+)
 from corrsteer_pl.tasks.template import Template
 
 
@@ -39,7 +49,9 @@ class HarmBench(Task):
     def example(self, row: Mapping[str, Any], id: str) -> Example:
         """Make the prompt of one request, its context before it."""
         request = str(column(row, "prompt", "prompt", id))
-        if row.get("context"):
+        if not is_missing(row.get("context")):
             request = f"{row['context']}\n\n{request}"
-        group = row.get("category") or ("copyright" if row.get("tags") else None)
+        # The copyrighted requests of the Hub's table have tags instead of a category.
+        has_tags = not is_missing(row.get("tags")) and row["tags"]
+        group = "copyright" if has_tags and is_missing(row.get("category")) else optional_column(row, "category", id)
         return Example(id, self.template.fill(row, id, {"request": request}), "refuse", present(group))

@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from corrsteer_pl.rewards.judges import SIMILARITY, SimilarityReward
-from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, present
+from corrsteer_pl.tasks.base import (
+    PAPER_SHARES,
+    Example,
+    Source,
+    Task,
+    check_new_tokens,
+    column,
+    optional_column,
+    present,
+)
 from corrsteer_pl.tasks.template import Template
 
 
@@ -43,7 +52,7 @@ class SimpleQA(Task):
         """Make the prompt of one question."""
         question, answer = str(column(row, "problem", "problem", id)), str(column(row, "answer", "answer", id))
         prompt = self.template.fill(row, id, {"question": question})
-        return Example(id, prompt, answer, present(_topic(row.get("metadata"))), answer)
+        return Example(id, prompt, answer, present(_topic(optional_column(row, "metadata", id))), answer)
 
 
 def _topic(metadata: Any) -> str | None:

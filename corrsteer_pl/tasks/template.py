@@ -5,7 +5,7 @@ from string import Formatter
 from typing import Any
 
 from corrsteer_pl.errors import UserError, choices
-from corrsteer_pl.tasks.base import column
+from corrsteer_pl.tasks.base import NoColumn, column, is_missing
 
 
 class Template:
@@ -54,6 +54,10 @@ class Template:
             UserError: A field is neither computed nor a column, or the row has nothing in it.
         """
         values = computed or {}
+        columns = [name for name in self.fields if name not in values]
+        if columns and not values and all(name in row and is_missing(row[name]) for name in columns):
+            # Nothing is asked. Of several fields some may be empty text.
+            column(row, columns[0], self.option, id)
         return "".join(literal + (self._value(name, row, id, values) if name else "") for literal, name in self.parts)
 
     def around(self, text: str) -> str:
@@ -72,11 +76,13 @@ class Template:
             return computed[name]
         if name not in row:
             columns = [name for name in row if name not in self.computed]
-            raise UserError(
+            raise NoColumn(
+                id,
+                name,
                 f"column {name!r} is not in the data. {self.option} may have the fields "
-                f"{choices((*self.computed, *columns))}."
+                f"{choices((*self.computed, *columns))}.",
             )
-        return str(column(row, name, self.option, id))
+        return str(column(row, name, self.option, id, may_be_blank=True))
 
 
 def check_instruction(template: Template, chain_of_thought: bool) -> None:

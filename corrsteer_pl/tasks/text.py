@@ -43,7 +43,7 @@ class Text(Task):
 
     def examples(self, row: Mapping[str, Any], id: str) -> list[Example]:
         """The text of a row, if it is longer than what is given of it."""
-        text = str(column(row, self.text, "text", id))
+        text = str(column(row, self.text, "text", id, may_be_blank=True))
         starts = [match.start() for match in re.finditer(r"(?<!\S)\S", text)]
         if len(starts) <= self.beginning:
             return []
@@ -111,4 +111,8 @@ class NextSentence(MultipleChoice):
         return 0
 
     def _sentences(self, row: Mapping[str, Any], id: str) -> list[str]:
-        return [some.strip() for some in END.split(str(column(row, self.question, "text", id))) if some.strip()]
+        return [
+            some.strip()
+            for some in END.split(str(column(row, self.question, "text", id, may_be_blank=True)))
+            if some.strip()
+        ]

@@ -5,7 +5,16 @@ from typing import Any
 
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.rewards.judges import REJECTION, RefusalReward
-from corrsteer_pl.tasks.base import PAPER_SHARES, Example, Source, Task, check_new_tokens, column, present
+from corrsteer_pl.tasks.base import (
+    PAPER_SHARES,
+    Example,
+    Source,
+    Task,
+    check_new_tokens,
+    column,
+    optional_column,
+    present,
+)
 from corrsteer_pl.tasks.template import Template
 
 GOLD = {"safe": "comply", "unsafe": "refuse"}
@@ -41,4 +50,4 @@ class XSTest(Task):
         if label not in GOLD:
             raise UserError(f"row {id} has the label {label!r}; it must be safe or unsafe.")
         prompt = self.template.fill(row, id, {"request": request})
-        return Example(id, prompt, GOLD[label], present(label, row.get("type")))
+        return Example(id, prompt, GOLD[label], present(label, optional_column(row, "type", id)))

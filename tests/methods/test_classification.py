@@ -192,7 +192,9 @@ def test_texts_to_fit_on_are_not_divided_and_rows_stay_together(tmp_path):
     found = [{example.prompt.split()[0] for example in examples} for examples in alone.examples.values()]
     assert [len(numbers) for numbers in found] == [25, 5, 20]
     assert not found[0] & found[1] | found[0] & found[2] | found[1] & found[2]
-    with pytest.raises(UserError, match=r"all 25 texts of the fit are negative: task_args.positive and"):
+    with pytest.raises(
+        UserError, match=r"data.task_args.positive wants labels 'True', which no row has.*put text into quotes"
+    ):
         TaskDataModule("text_classification", str(tmp_path / "rows.jsonl"), {**options, "positive": [True]}).setup(
             "fit"
         )

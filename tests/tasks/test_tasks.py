@@ -341,7 +341,7 @@ def test_gold_texts_have_to_be_usable():
     task = make_task("generic", {"answer": "a", "reward": "regex"})
     with pytest.raises(UserError, match=r"row r has the gold text '\(', which is no regular expression"):
         task.example({"prompt": "x", "a": "("}, "r")
-    with pytest.raises(UserError, match="row r has an empty gold text"):
+    with pytest.raises(UserError, match="row r has nothing in the column 'a'"):
         make_task("generic", {"answer": "a"}).example({"prompt": "x", "a": " "}, "r")
     with pytest.raises(UserError, match="first_words is 0; it is a number of words, at least 1"):
         make_task("generic", {"answer": "a", "first_words": 0})

@@ -147,10 +147,10 @@ def test_the_rivals_learn_from_the_text_of_the_right_option(method, path):
 
 
 def test_options_without_text_are_told(tmp_path):
-    for choices, lack in ((["", "x"], "an empty option"), ([" ", "x"], "an empty option")):
+    for choices in (["", "x"], [" ", "x"]):
         write_jsonl(tmp_path / "train.jsonl", [{**row, "choices": choices, "answer": 1} for row in QUESTIONS])
         data = TaskDataModule("choice", str(tmp_path / "train.jsonl"), {"likelihood": True})
-        with pytest.raises(UserError, match=f"has {lack}, so its likelihood cannot be told. Mend or remove the row"):
+        with pytest.raises(UserError, match="24 of 24 rows have nothing in the column 'choices' .train.jsonl, line 1"):
             make_trainer().fit(Prompting("demo", examples=1), datamodule=data)
 
 
