@@ -29,6 +29,8 @@ NAMES = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
 }  # fmt: skip
+# GGUF files have no generation configuration that could name the end of a turn.
+pytestmark = pytest.mark.filterwarnings("ignore:the EOS tokens of .* lack the token after an answer")
 TEXTS = ("How do I bake bread at home?", " water,\n\n  3.5 litres", "<start_of_turn>user\nWho?<end_of_turn>", "")
 
 
