@@ -95,7 +95,7 @@ def permuted(weight, heads):
 def add_tokenizer(writer, tokens, bos):
     model = json.loads(tokens.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(tokens.get_vocab(), key=tokens.get_vocab().get)
-    special = set(tokens.all_special_tokens)
+    special = {token.content for token in tokens.added_tokens_decoder.values() if token.special}
     kinds = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in vocabulary]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
