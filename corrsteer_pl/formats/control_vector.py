@@ -28,8 +28,8 @@ def require_gguf() -> None:
         raise UserError("GGUF files need the extra 'gguf': pip install 'corrsteer_pl[gguf]'.")
 
 
-def read_gguf(path: Path) -> dict[Site, Tensor]:
-    """Vectors ``(d_model,)`` float32 by site.
+def read_gguf(path: Path) -> tuple[dict[Site, Tensor], dict[str, Any]]:
+    """Vectors ``(d_model,)`` float32 by site, and the metadata.
 
     Raises:
         ValueError: It is no control vector.
@@ -51,7 +51,8 @@ def read_gguf(path: Path) -> dict[Site, Tensor]:
         vector, site = torch.tensor(tensor.data.copy()), Site(int(number), "resid_post")
         # llama.cpp adds a block's directions up.
         found[site] = found[site] + vector if site in found else vector
-    return found
+    metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return found, metadata
 
 
 def write_control_vector(llm: LanguageModel, vectors: Mapping[Site, Tensor], path: Path) -> None:
@@ -89,7 +90,7 @@ def write_gguf(blocks: Mapping[int, Tensor], model_type: str, path: Path) -> Non
 def as_llama_cpp_adds(model: Any, path: Path) -> Iterator[Any]:
     """The model with what is in a file added to the outputs of its blocks, as llama.cpp does."""
     with ExitStack() as stack:
-        for site, vector in read_gguf(path).items():
+        for site, vector in read_gguf(path)[0].items():
             hook = partial(_add, vector.to(model.device, model.dtype))
             stack.callback(site.module(model).register_forward_hook(hook).remove)
         yield model

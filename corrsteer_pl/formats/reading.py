@@ -25,6 +25,27 @@ ENDINGS = {
     ".pt": "lm-eval's, one tensor, a matrix such as AxBench's, or one tensor for each block",
 }
 OTHERS = {".pth": ".pt", ".bin": ".pt"}
+# Metadata that say nothing of what a file's vectors do.
+HARMLESS = {
+    *("format", "name", "basename", "description", "author", "authors", "organization", "license", "license_name"),
+    *("license_link", "url", "source", "source_url", "repo_url", "version", "date", "created", "created_at"),
+    *("created_by", "generator", "library", "library_name", "library_version", "torch_version", "transformers_version"),
+    *("model", "model_id", "model_name", "model_type", "model_hint", "base_model", "architecture", "layer_count"),
+    *("finetune", "tags", "languages", "dataset", "datasets", "concept", "behavior", "seed", "general.type"),
+    *("file_type", "quantization_version", "size_label"),
+}
+# Metadata that name an operation or a site, with the values that mean what is done here.
+OPERATIONS = ("mode", "operation", "action", "op")
+SITES = ("hook", "hook_point", "hook_type", "site", "hook_name", "layer_type", "component")
+SUPPORTED = {
+    **dict.fromkeys(OPERATIONS, ("add", "addition", "additive")),
+    **dict.fromkeys(
+        SITES, ("resid_post", "hook_resid_post", "decoder_block", "block_output", "residual", "residual_post")
+    ),
+}
+# The keys of a hook point of lm-eval's ``steered`` model.
+LM_EVAL = {"steering_vector", "steering_coefficient", "action", "bias", "head_index"}
+CONVENTION = "A vector is added to the output of a block, and blocks are counted from 0"
 # The class of the package steering-vectors, which is read without the package.
 OBJECT = "steering_vectors.steering_vector.SteeringVector"
 # Its ``layer_type``, after whose output vectors are added there, as the kind of a site.
@@ -57,16 +78,21 @@ class VectorFile:
     at_sites: bool = False
 
 
-def read_vectors(path: Path, layers: Iterable[int] | None = None, row: int | None = None) -> VectorFile:
+def read_vectors(
+    path: Path, layers: Iterable[int] | None = None, row: int | None = None, depth: int | None = None
+) -> VectorFile:
     """Read a file of steering vectors.
 
     Args:
         path: The file; its ending says how it is read.
         layers: Blocks whose vectors are taken; None for all. A file that names no block needs exactly one.
         row: Which row of a matrix is taken.
+        depth: Number of blocks of the model, by which a file with a vector for the embeddings is found; None if it is
+            not known.
 
     Raises:
-        UserError: The file is missing, damaged, of another kind, or names no block, or lacks what is asked for.
+        UserError: The file is missing, damaged, of another kind, or names no block, or lacks what is asked for; or it
+            specifies another operation or site than the addition to a block's output.
     """
     ending = OTHERS.get(path.suffix, path.suffix)
     if not path.is_file():
@@ -83,7 +109,54 @@ def read_vectors(path: Path, layers: Iterable[int] | None = None, row: int | Non
             f"{path} cannot be read as a {ending} file of steering vectors ({one_line(error)}). Its ending has to say "
             f"what it is: {'; '.join(f'{ending} for {programs}' for ending, programs in ENDINGS.items())}."
         ) from error
+    _check_embeddings(path, found, list(layers or ()), row, depth)
     return _checked(path, _placed(path, found, list(layers or ()), row))
+
+
+def check_metadata(metadata: Mapping[str, object]) -> None:
+    """Reject metadata that are not known, because they may specify another operation or site.
+
+    Args:
+        metadata: Metadata by name. Of a name with dots, the last part counts.
+
+    Raises:
+        ValueError: Naming the first and its value.
+
+    Example:
+        >>> check_metadata({"format": "pt", "mode": "add", "controlvector.model_hint": "llama"})
+        >>> check_metadata({"controlvector.mode": "project"})
+        Traceback (most recent call last):
+        ValueError: its metadata have controlvector.mode 'project'; supported is add
+    """
+    for name, value in metadata.items():
+        key = name.rpartition(".")[2].lower()
+        if key in SUPPORTED:
+            if str(value).lower() not in SUPPORTED[key]:
+                raise ValueError(f"its metadata have {name} {value!r}; supported is {SUPPORTED[key][0]}")
+        elif key not in HARMLESS and name not in HARMLESS:
+            raise ValueError(
+                f"its metadata have {name} {value!r}, which is not known and may change what the vectors do; save them "
+                "without it if they are only to be added to outputs of blocks"
+            )
+
+
+def _check_embeddings(path: Path, file: VectorFile, layers: list[int], row: int | None, depth: int | None) -> None:
+    """Reject a file that counts the embeddings as the first layer, unless the block shows that this was seen."""
+    if depth is None:
+        return
+    last = max((site.layer for site in file.vectors), default=-1)
+    if last == depth:
+        raise UserError(
+            f"{path} has a vector for block {last}, but the model has blocks 0..{depth - 1}. {CONVENTION}; if it "
+            "counts the embeddings as layer 0, rename every vector to one block less."
+        )
+    matrix = file.matrix
+    if matrix is not None and matrix.ndim == 2 and len(matrix) == depth + 1 and row is not None and layers != [row - 1]:
+        raise UserError(
+            f"{path} is a matrix of {depth + 1} rows, one more than the model has blocks, as if row 0 were for the "
+            f"embeddings. Then row {row} (model.row) is for the output of block {row - 1}, but model.vector_layers is "
+            f"{layers}. {CONVENTION}. Set model.vector_layers to [{row - 1}], or save the row as a file of its own."
+        )
 
 
 def _placed(path: Path, found: VectorFile, layers: list[int], row: int | None) -> VectorFile:
@@ -163,7 +236,9 @@ def site_of(name: str) -> Site:
 def _from_gguf(path: Path) -> VectorFile:
     from corrsteer_pl.formats.control_vector import read_gguf
 
-    return VectorFile(read_gguf(path))
+    vectors, metadata = read_gguf(path)
+    check_metadata(metadata)
+    return VectorFile(vectors)
 
 
 def _from_safetensors(path: Path) -> VectorFile:
@@ -173,6 +248,9 @@ def _from_safetensors(path: Path) -> VectorFile:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(one_line(error)) from error
+    # The schedule of a fit's own vectors; anything else must not change what they do.
+    schedule = {field.name for field in fields(Schedule)} if "positions" in metadata else set()
+    check_metadata({name: value for name, value in metadata.items() if name not in schedule})
     found = _of_mapping(tensors, _schedule(path, metadata) if "positions" in metadata else None)
     return replace(found, at_sites=all(map(HOOK.fullmatch, tensors)))
 
@@ -211,6 +289,8 @@ def _of_object(found: Any, read: Callable[[Any, Any], Tensor]) -> dict[Site, Ten
     layer_type = getattr(found, "layer_type", "decoder_block")
     if layer_type not in LAYER_TYPES:
         raise ValueError(f"its layer_type is {layer_type!r}, and vectors can only be added at {choices(LAYER_TYPES)}")
+    if unknown := sorted(set(vars(found)) - {"layer_activations", "layer_type"}):
+        raise ValueError(f"it has {choices(unknown)}, which the package steering-vectors does not have")
     vectors = _by_site(found.layer_activations, read)
     return {Site(site.layer, LAYER_TYPES[layer_type]): vector for site, vector in vectors.items()}
 
@@ -269,6 +349,8 @@ def _of_hook(name: Any, told: Any) -> Tensor:
     if action != "add" or told.get("bias") is not None or told.get("head_index") is not None:
         what = f"the action {action!r}" if action != "add" else "a bias or a head_index"
         raise ValueError(f"{name} has {what}; only the action 'add' on the whole width is a steering vector")
+    if unknown := sorted(map(str, set(told) - LM_EVAL)):
+        raise ValueError(f"{name} has {choices(unknown)}, which lm-eval's steered model does not have")
     vector = _numbers(f"the steering_vector of {name}", told["steering_vector"])
     return vector * float(told.get("steering_coefficient", 1.0))
 

