@@ -280,12 +280,12 @@ def column(row: Mapping[str, Any], name: str, option: str, id: str, may_be_blank
 
 
 def optional_column(row: Mapping[str, Any], name: str, id: str) -> Any:
-    """The value of a column that a data set need not have; None if it has none.
+    """The value of a column that a data set need not have; None if it has none. Empty text is a value.
 
     Raises:
         MissingValue: The data set has the column, but the row has nothing in it.
     """
-    return column(row, name, name, id) if name in row else None
+    return column(row, name, name, id, may_be_blank=True) if name in row else None
 
 
 def without_trailing_missing(values: Any, name: str, id: str) -> list[Any]:

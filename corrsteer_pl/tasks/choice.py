@@ -123,7 +123,7 @@ class MultipleChoice(Task):
         gold = letters[order.index(self.right(row, len(options), id))]
         fields = {**asked, "options": "\n".join(lines), "letters": among, "instruction": self._instruction(among)}
         prompt = self.template.fill(row, id, fields)
-        group = None if self.group is None else column(row, self.group, "group", id)
+        group = None if self.group is None else column(row, self.group, "group", id, may_be_blank=True)
         groups, shown = present(group, self._part(row, id)), tuple(str(options[i]) for i in order)
         right = shown[letters.index(gold)] if self.by_likelihood else gold
         return Example(

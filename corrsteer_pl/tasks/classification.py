@@ -57,7 +57,7 @@ class TextClassification(Task):
         """
         texts = structured(column(row, self.text, "text", id))
         labels = structured(column(row, self.label, "label", id))
-        group = None if self.group is None else column(row, self.group, "group", id)
+        group = None if self.group is None else column(row, self.group, "group", id, may_be_blank=True)
         if not isinstance(texts, list):
             texts, labels, ids = [texts], [labels], [id]
         else:

@@ -62,7 +62,7 @@ class Generic(Task):
             _check_pattern(gold, f"row {id} has the gold text")
         if self.reward_name == "number" and gold_number(gold) is None:
             raise not_a_number(id, self.answer or "gold", gold)
-        group = None if self.group is None else column(row, self.group, "group", id)
+        group = None if self.group is None else column(row, self.group, "group", id, may_be_blank=True)
         return Example(id, text, gold, present(group), gold if self.shows_answer else None)
 
 

@@ -49,7 +49,7 @@ class Text(Task):
             return []
         begins = starts[self.beginning]
         ends = starts[self.end] if self.end is not None and self.end < len(starts) else len(text)
-        groups = present(None if self.group is None else column(row, self.group, "group", id))
+        groups = present(None if self.group is None else column(row, self.group, "group", id, may_be_blank=True))
         return [Example(id, text[:begins].rstrip(), "", groups, options=(text[begins:ends].rstrip(),))]
 
     def example(self, row: Mapping[str, Any], id: str) -> Example:
