@@ -181,6 +181,7 @@ def merge_adapter(model: Any, adapter: PeftAdapter, tokenizer_size: int) -> Any:
         active = _attached(model, config, adapter, weights)
         expected = _logits(active)
         biased = _give_biases(active)
+        _separate_head(active)
         try:
             merged = active.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError, TypeError, AttributeError, RuntimeError) as error:
@@ -352,6 +353,17 @@ def _declare_biases(model: Any, names: list[str]) -> None:
         return
     for key in absent:
         _add_bias(model.get_submodule(key.removesuffix(".bias")))
+
+
+def _separate_head(active: Any) -> None:
+    """Give the head weights of its own before a merge, if the adapter changes it or the embeddings that it shares."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = active.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    inputs, outputs = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if outputs is not None and outputs.weight is inputs.weight and any(isinstance(e, BaseTunerLayer) for e in ends):
+        outputs.weight = nn.Parameter(outputs.weight.detach().clone())
 
 
 def _untie(model: Any) -> None:

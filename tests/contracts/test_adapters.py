@@ -139,6 +139,19 @@ def test_other_architectures_generate_as_peft_does(name, targets, llm, tmp_path)
         assert text == llm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_tied_embeddings_are_changed_as_the_adapter_says(option, targets, tmp_path):
+    config = lora(**{"target_modules": ["v_proj"], option: targets})
+    folder = save_adapter(demo.MODEL, config, tmp_path / "adapter")
+    llm, reference = LanguageModel.load(str(folder)), by_peft(demo.MODEL, folder)
+    assert_same_model(llm, reference, demo.MODEL)
+    llm.model.save_pretrained(tmp_path / "merged")
+    scale = logits(reference).abs().max()
+    saved = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(saved / scale, logits(reference) / scale, rtol=0, atol=1e-5)
+
+
 def test_a_tokenizer_beside_the_adapter_comes_with_its_tokens(base, llm, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<new>", "<newer>"])
