@@ -360,8 +360,8 @@ def _separate_head(active: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = active.get_base_model()
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    inputs, outputs = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    inputs, outputs = (getattr(end, "base_layer", end) for end in ends)
     if outputs is not None and outputs.weight is inputs.weight and any(isinstance(e, BaseTunerLayer) for e in ends):
         outputs.weight = nn.Parameter(outputs.weight.detach().clone())
 
