@@ -159,8 +159,7 @@ class Models(ModelManager):
 
     def chat(self, messages: Any, *, return_tensors: str, return_dict: bool, tokenize: bool, **options: Any) -> Any:
         """Tokens of a conversation, as a fit reads it."""
-        text = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        ids = self.llm.chat_ids(text)
+        ids = self.llm.chat_ids(self.llm.chat.text(messages, **options))
         self.require_room(len(ids))
         return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type=return_tensors)
 

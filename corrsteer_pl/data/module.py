@@ -1,7 +1,8 @@
 """The Lightning data module: a task's rows, split, tokenised, batched, and resumed where a fit stopped."""
 
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
@@ -234,6 +235,16 @@ class TaskDataModule(LightningDataModule):
             )
         return uses
 
+    def check_template(self, llm: Any) -> None:
+        """Check that the chat template, if it is used, renders the system message, the shots and a prompt.
+
+        Raises:
+            UserError: There is none, it fails, or it loses one of them.
+        """
+        if self.uses_chat(llm) and (self.task.generates or self.fit_task.generates):
+            shots = [turn for shot in self.shots for turn in (shot.prompt, str(shot.solution))]
+            llm.prompt_text([*shots, "Hello"], chat=True, system=self.hparams["system_prompt"])
+
     def answers(self, llm: Any, task: Task | None = None) -> list[str] | None:
         """A task's answers as they follow its prompt: with a leading space, but not after a chat template."""
         answers = (task or self.task).answers
@@ -339,10 +350,12 @@ class TaskDataModule(LightningDataModule):
         A warning counts the others.
 
         Raises:
-            UserError: It can answer none, or a prompt is empty.
+            UserError: It can answer none, a prompt is empty, or two different prompts have the same tokens.
         """
         llm = self._module.llm
-        pairs = [(example, len(self.token_ids(example, task))) for example in self.examples[split]]
+        prompts = [(example, self.token_ids(example, task)) for example in self.examples[split]]
+        _check_distinct(prompts, llm.name)
+        pairs = [(example, len(ids)) for example, ids in prompts]
         if empty := [example for example, length in pairs if length == 0]:
             raise UserError(f"the prompt of {empty[0].id} is empty. Remove the row.")
         news = [self._new_tokens(example, task) for example, _ in pairs]
@@ -362,6 +375,30 @@ class TaskDataModule(LightningDataModule):
     def _new_tokens(self, example: Example, task: Task) -> int:
         """How many tokens may follow a prompt: the longest option's, where options are weighed."""
         return max(map(len, self.option_ids(example))) if task.by_likelihood else task.max_new_tokens
+
+
+def _check_distinct(prompts: Iterable[tuple[Example, Sequence[int]]], model: str) -> None:
+    """Check that different prompts have different tokens.
+
+    Prompts that differ in case, accents or white space only may be equal to a tokenizer that normalises them.
+
+    Raises:
+        UserError: Naming the first two that do not.
+    """
+    by_tokens: dict[int, Example] = {}
+    for example, ids in prompts:
+        other = by_tokens.setdefault(hash(tuple(ids)), example)
+        if other.prompt != example.prompt and _normalized(other.prompt) != _normalized(example.prompt):
+            raise UserError(
+                f"the prompts of {other.id} and {example.id} differ, but are the same {len(ids)} tokens for the "
+                f"tokenizer of {model}: it has no tokens for the difference. Remove one of the rows, or set model.llm "
+                "to a model that can read them."
+            )
+
+
+def _normalized(text: str) -> str:
+    letters = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in letters if not unicodedata.combining(c) and not c.isspace())
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

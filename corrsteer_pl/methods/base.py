@@ -276,8 +276,8 @@ class Method(PairedEvaluation):
             self.check_processes(self.trainer.world_size)
             self.llm = LanguageModel.load(self.llm_name, self.dtype_name, **self.llm_args)
             self.datamodule.warn_of_base_model(self.llm)
-        # Refuses a chat template that the tokenizer lacks before anything else is loaded.
-        self.datamodule.uses_chat(self.llm)
+        # Rejects a chat template that is missing or loses messages before anything else is loaded or written.
+        self.datamodule.check_template(self.llm)
         if not self.llm.placed:
             self.llm.model.to(self.trainer.strategy.root_device)
         # Compute the fingerprint now: if a weight cannot be read, fail before the first batch and not when saving.

@@ -65,17 +65,22 @@ class Prompting(Selecting):
         return self.hparams["examples"]
 
     def setup(self, stage: str) -> None:
-        """Set up, and see that there is a place for the system message.
+        """Set up, and check that the chat template renders the system message.
 
         Raises:
-            UserError: There is none.
+            UserError: There is no chat template, or it loses the system message.
         """
         super().setup(stage)
-        if self.hparams["system_message"] is not None and not self.datamodule.uses_chat(self.llm):
+        message = self.hparams["system_message"]
+        if message is None:
+            return
+        if not self.datamodule.uses_chat(self.llm):
             raise UserError(
                 "model.system_message needs a chat template, but prompts are not put into one. Leave it out, or take "
                 "an instruction model with its template."
             )
+        # A template that ignores it would make both variants the same model.
+        self.llm.prompt_text(["Hello"], chat=True, system=message)
 
     def begin(self) -> None:
         """Take the solved examples.

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from corrsteer_pl.errors import UserError, choices, one_line
+from corrsteer_pl.errors import UserError, choices
 from corrsteer_pl.files import absolute
+from corrsteer_pl.models.chat_template import ChatTemplate
 from corrsteer_pl.models.fingerprint import fingerprint
 from corrsteer_pl.models.llm_loading import pretrained
 from corrsteer_pl.models.sites import name_blocks
@@ -22,8 +22,6 @@ from corrsteer_pl.models.special_tokens import special_ids, token_texts, turn_en
 OWN_COUNT = ("attention_chunk_size", "window_size", "attention_window_size", "attention_types", "attention_layers")
 # What transformers calls a cache of keys and values: since 5.24, and before.
 CACHE = ("cache", "past_key_values")
-# Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass
@@ -40,6 +38,7 @@ class LanguageModel:
         placed: Whether it must not be moved to another device, because it has a ``device_map`` or is quantised.
         abilities: Results of :mod:`~corrsteer_pl.models.decoding.trials`, by name.
         appended: Ids of special tokens that the given tokenizer appends to a text; ``tokenizer`` does not.
+        message_parts: Results of the checks of :class:`~corrsteer_pl.models.chat_template.ChatTemplate`.
     """
 
     name: str
@@ -47,6 +46,7 @@ class LanguageModel:
     tokenizer: Any
     placed: bool = False
     abilities: dict[str, bool] = field(default_factory=dict)
+    message_parts: dict[Any, frozenset[str]] = field(default_factory=dict)
     appended: list[int] = field(init=False, default_factory=list)
     # Given by the user, in place of those of configuration, tokenizer and chat template.
     _eos_token_ids: list[int] | None = field(init=False, default=None)
@@ -247,6 +247,11 @@ class LanguageModel:
         return bool(self.tokenizer.chat_template)
 
     @property
+    def chat(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.tokenizer, self.name, self.message_parts)
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer begins a text with BOS."""
         return self.tokenizer.bos_token_id is not None and self.token_ids("")[:1] == [self.tokenizer.bos_token_id]
@@ -274,23 +279,24 @@ class LanguageModel:
             system: The chat's system message, before all turns; None leaves it to the template.
 
         Raises:
-            UserError: The chat template is broken, or refuses the turns.
+            UserError: The chat template fails, or loses a turn or the system message.
+        """
+        text = self.prompt_text(turns, chat, system)
+        return self.chat_ids(text) if chat else self.token_ids(text)
+
+    def prompt_text(self, turns: Sequence[str], chat: bool, system: str | None = None) -> str:
+        """The text of a prompt, with the arguments of :meth:`prompt_ids`.
+
+        Raises:
+            UserError: The chat template fails, or loses a turn or the system message.
         """
         if not chat:
             pairs = zip(turns[:-1:2], turns[1::2], strict=True)
-            return self.token_ids("".join(f"{prompt} {response}\n\n" for prompt, response in pairs) + turns[-1])
+            return "".join(f"{prompt} {response}\n\n" for prompt, response in pairs) + turns[-1]
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TEMPLATE_ERRORS as error:
-            raise UserError(
-                f"the chat template of the tokenizer of {self.name} fails on {len(turns)} turns of user and assistant "
-                f"{'after a system message ' if system is not None else ''}"
-                f"({type(error).__name__}: {one_line(error)}). Correct it, or set data.chat_template to false."
-            ) from error
-        return self.chat_ids(text)
+        return self.chat.text(messages)
 
     def chat_ids(self, text: str) -> list[int]:
         """Tokens of what a chat template has written; BOS once, if any."""

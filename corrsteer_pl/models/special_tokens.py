@@ -10,11 +10,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from corrsteer_pl.errors import UserError
+from corrsteer_pl.models.chat_template import TEMPLATE_ERRORS
 
 # Texts whose tokens are looked for between those that the tokenizer adds; the first with any tokens is used.
 PROBES = ("a", "Hello", "1")
@@ -22,8 +22,6 @@ PROBES = ("a", "Hello", "1")
 VOCABULARY_PROBES = 200
 # An answer that no template changes, and that is easily recognised in a rendered chat.
 ANSWER = "Answer1"
-# Raised by a chat template that does not parse, calls raise_exception, or uses something undefined.
-RENDERING_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -125,7 +123,7 @@ def turn_end(tokenizer: Any) -> tuple[int | None, str]:
     for messages in (turns, [*turns, question]):
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except RENDERING_ERRORS:
+        except TEMPLATE_ERRORS:
             break  # reported when prompts are rendered
         endings.append(text.rpartition(ANSWER)[2].strip() if ANSWER in text else "")
         ids = tokenizer(endings[-1], add_special_tokens=False)["input_ids"]
