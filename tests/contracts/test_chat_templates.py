@@ -3,12 +3,16 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from corrsteer_pl import TaskDataModule
 from corrsteer_pl.cli.program import main
+from corrsteer_pl.data.module import _check_distinct
 from corrsteer_pl.errors import UserError
 from corrsteer_pl.files import write_jsonl
 from corrsteer_pl.methods.prompting import Prompting
@@ -119,16 +123,17 @@ def test_prompting_needs_a_template_that_renders_the_system_message(tmp_path):
 
 
 def test_different_questions_need_different_tokens(tmp_path, llm):
-    unknown = copy.copy(llm)
-    unknown.tokenizer = lambda text, **_: {"input_ids": [3 if word.isascii() else 0 for word in text.split()]}
-    from corrsteer_pl.data.module import _check_distinct
-
+    built = Tokenizer(models.WordLevel({"<unk>": 0, "Who": 1, "is": 2}, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    few_words = PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>")
     data = TaskDataModule("generic", path=str(tmp_path), task_args={"prompt": "{q}", "gold": "yes"})
     for split, count in (("train", 6), ("validation", 2), ("test", 2)):
-        write_jsonl(tmp_path / f"{split}.jsonl", [{"q": f"{split} Who is {i}?"} for i in range(count)])
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"q": f"Who is {split}{i}?"} for i in range(count)])
     data.setup("fit")
-    examples = data.examples["train"]
-    first, second = examples[:2]
+    first, second = data.examples["train"][:2]
     with pytest.raises(UserError, match=f"{first.id} and {second.id} differ"):
-        _check_distinct([(e, unknown.token_ids(e.prompt)) for e in examples], "m")
-    _check_distinct([(e, llm.token_ids(e.prompt)) for e in examples], "m")
+        _check_distinct([(e, few_words(e.prompt)["input_ids"]) for e in data.examples["train"]], "m")
+    _check_distinct([(e, llm.token_ids(e.prompt)) for e in data.examples["train"]], "m")
+    # A tokenizer may ignore case and white space.
+    pair = [replace(first, prompt="WHO is it?"), replace(second, prompt="who  is it?")]
+    _check_distinct([(e, [5]) for e in pair], "m")
