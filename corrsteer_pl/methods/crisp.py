@@ -1,6 +1,7 @@
 """CRISP: unlearn a concept by training an adapter that quietens the SAE features which are salient in its texts."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -57,7 +58,8 @@ class Crisp(Adapting):
         layers: Blocks whose features are quietened, from 0; None for all that have an SAE.
         k: How many salient features of each layer at most.
         least_ratio: How many times as strong a salient feature has to be on target texts.
-        counts: ``rates`` compares firing per token, ``counts`` plain counts, as the paper does.
+        counts: ``rates`` compares firing per token, ``counts`` plain counts, as the paper does. Plain counts only
+            compare equally many texts, so the first pass leaves out surplus texts of the larger kind, with a warning.
         beta: Weight of retain in the loss; unlearn has ``1 - beta``. In [0, 1].
         gamma: Weight of coherence, at least 0.
         lam: Weight of the second part of unlearn, at least 0; what it multiplies depends on ``loss``.
@@ -198,8 +200,10 @@ class Crisp(Adapting):
         """Sums over the texts of the fit, of all processes."""
         sums = MergedSums({str(layer): Salience(sae.d_sae) for layer, sae in self.saes.items()})
         sums._apply(lambda tensor: tensor.to(self.device))
+        rows = self._salience_rows()
         for batch in self.datamodule.train_dataloader():
             ids, mask, target, counted = self._tokens(batch.to(self.device))
+            counted &= torch.tensor([[row in rows] for row in batch.rows], device=self.device)
             with self._residuals(self.saes) as found:
                 self.llm.forward(ids, mask, positions_of(mask))
             which = target.unsqueeze(1).expand_as(counted)[counted]
@@ -209,6 +213,22 @@ class Crisp(Adapting):
                     sums.fresh[str(layer)].update(sae.encode(some), kind)
         sums.merge()
         return {layer: sums.merged[str(layer)] for layer in self.saes}
+
+    def _salience_rows(self) -> set[int]:
+        """Positions of the texts by which salience is measured: all, or equally many of each kind for plain counts."""
+        examples = self.datamodule.examples["train"]
+        rows = {kind: [i for i, e in enumerate(examples) if e.gold == kind] for kind in (TARGET, RETAIN)}
+        size = max(map(len, rows.values()))
+        if self.hparams["counts"] == "counts":
+            size = min(map(len, rows.values()))
+            if len(examples) > 2 * size:
+                warnings.warn(
+                    f"model.counts is counts, which compares equally many texts, but the fit has {len(rows[TARGET])} "
+                    f"target and {len(rows[RETAIN])} retain texts. The salient features are chosen by the first "
+                    f"{size} of each. Set model.counts to rates to use all of them.",
+                    stacklevel=2,
+                )
+        return {row for of_kind in rows.values() for row in of_kind[:size]}
 
     def _chosen(self, salience: Mapping[int, Salience]) -> dict[int, list[int]]:
         h, counts = self.hparams, self.hparams["counts"] == "counts"

@@ -312,3 +312,53 @@ def test_the_loss_of_a_step_is_that_of_its_texts_one_by_one(loss, fitted, monkey
 def test_values_without_meaning_are_rejected(options, match):
     with pytest.raises(UserError, match=match):
         Crisp("demo", "demo", **options)
+
+
+# ---------------------------------------------------------------- salience by plain counts
+
+
+def loop_over_texts(module, layer):
+    """Firing counts and summed activations of the first texts of each kind, equally many, and the number of tokens."""
+    fired, total, n = np.zeros((2, 512)), np.zeros((2, 512)), [0, 0]
+    reference, sides = Reference(module.saes[layer]), {0: [], 1: []}
+    for example in module.datamodule.examples["train"]:
+        sides[int(example.gold == "positive")].append(example)
+    size = min(map(len, sides.values()))
+    for kind, examples in sides.items():
+        for example in examples[:size]:
+            for x in hidden_states(module, example, adapted=False)[layer + 1]:
+                activations = reference.act(reference.pre(x))
+                fired[kind] += activations > 0
+                total[kind] += activations
+                n[kind] += 1
+    return fired, total, n
+
+
+def test_plain_counts_compare_equally_many_texts():
+    rates, module = (
+        Crisp("demo", "demo", k=60, least_ratio=2.0, layers=[1], counts=counts) for counts in ("rates", "counts")
+    )
+    make_trainer(max_steps=1).fit(rates, datamodule=TaskDataModule("demo_forget", **DATA))
+    with pytest.warns(UserWarning, match="model.counts is counts.* 16 target and 48 retain"):
+        make_trainer(max_steps=1).fit(module, datamodule=TaskDataModule("demo_forget", **DATA))
+    fired, total, n = loop_over_texts(module, 1)
+    salience = module.salience[1]
+    assert salience.tokens.tolist() == n
+    # Features next to the k-th activation can change places by rounding.
+    np.testing.assert_allclose(salience.fired.numpy(), fired, atol=2)
+    ratio, difference = total[1] / (total[0] + 1e-9), fired[1] - fired[0]
+    expected = [i for i in np.argsort(-difference, kind="stable") if difference[i] > 0 and ratio[i] >= 2]
+    assert set(module.salient[1]) == set(expected[:60])
+    # All texts would leave hardly any feature that fires more often in the fewer target texts.
+    assert len(module.salient[1]) > 0.7 * len(rates.salient[1])
+
+
+def test_equally_many_texts_are_all_counted():
+    # 480 texts of either subject. A warning would be an error here.
+    data = {**DATA, "train_size": 960, "fit_on": {"task": "demo_texts", "filter": {"subject": ["drink", "pet"]}}}
+    modules = [Crisp("demo", "demo", k=5, layers=[1], counts=counts) for counts in ("rates", "counts")]
+    for module in modules:
+        make_trainer(max_steps=1).fit(module, datamodule=TaskDataModule("demo_forget", **data))
+    rates, counts = (module.salience[1] for module in modules)
+    assert rates.tokens.tolist() == counts.tokens.tolist()
+    assert torch.equal(rates.fired, counts.fired)
