@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from corrsteer_pl.evaluation.tables import percent, ratio
+from corrsteer_pl.evaluation.tables import percent, permutation_p_value, ratio
 from corrsteer_pl.evaluation.words import Piece, shortened
 
 # Characters of a question that is shown in short.
@@ -69,6 +69,7 @@ def _md(text: str) -> str:
 
 FILTERS = {
     "percent": percent, "signed": _signed, "number": _number, "signed_number": _signed_number, "p_value": _p_value,
+    "permutation_p_value": permutation_p_value,
     "ratio": partial(ratio, to=" to "), "shortened": partial(shortened, most=LINE), "visible": _visible,
     "joined": _joined, "md": _md, "cell": _cell,
 }  # fmt: skip

@@ -23,6 +23,19 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def permutation_p_value(value: float | None, permutations: int) -> str:
+    """A p-value of a permutation test; as an upper bound if no permutation reached what was observed.
+
+    Example:
+        >>> permutation_p_value(1 / 33, 32), permutation_p_value(2 / 33, 32)
+        ('≤ 0.03 (32 permutations)', '0.061')
+    """
+    if value is None:
+        return "-"
+    at_floor = permutations > 0 and value <= (1 + 1e-9) / (permutations + 1)
+    return f"≤ {value:.2g} ({permutations} permutations)" if at_floor else f"{value:.2g}"
+
+
 def selection_table(selection: Selection) -> Table:
     """The tested candidates of a fit, the selected ones marked."""
     control = "" if selection.control == "none" else f", control {selection.control}"
@@ -51,9 +64,9 @@ def selection_table(selection: Selection) -> Table:
         table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for f in selection.candidates:
         selected = ("yes, like chance" if f.like_chance else "yes") if f in selection.features else ""
-        shown = (_signed(f.correlation), _shown(f.search_p_value), _shown(f.stability)) if correlated else (
-            f"{f.score:.3g}",
-        )  # fmt: skip
+        p_value = permutation_p_value(f.search_p_value, len(selection.null_maxima))
+        values = _signed(f.correlation), p_value, _shown(f.stability)
+        shown = values if correlated else (f"{f.score:.3g}",)
         table.add_row(
             f.site, str(f.index), *shown, f"{f.coefficient:+.3f}", percent(f.validation_reward), selected
         )  # fmt: skip
